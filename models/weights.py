@@ -1,0 +1,183 @@
+"""Weights in and out: Darknet's `.weights`, exact to the byte, and `.pt` checkpoints that hold only data.
+
+A `.weights` file is a header (three int32 for the version, then the images seen: int64 from version 0.2 on, int32
+before) and float32 values layer by layer, in the order of each Layer's `tensors`.
+"""
+
+import logging
+import os
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from functools import reduce
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cfg import Cfg, load_cfg, parse
+from .darknet import Darknet
+from .layers import Layer
+
+log = logging.getLogger("darkslim")
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used: which file, what it holds, what was expected."""
+
+
+def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: bool = False) -> Darknet:
+    """Build the network of `cfg` and fill all of it from a `.weights` or `.pt` file.
+
+    Raises CfgError for the cfg, WeightsError for a file that is broken, partial or another network's.
+    """
+    model = Darknet(cfg if isinstance(cfg, Cfg) else load_cfg(cfg), allow_unknown=allow_unknown)
+    filled = load_weights(model, weights)
+    if len(filled) < len(model.layers):
+        missing = next(i for i in range(len(model.layers)) if i not in filled)
+        raise WeightsError(
+            f"{weights}: is partial: it fills {_ranges(filled)} of {len(model.layers)} layers of {model.cfg.path},"
+            f" layer {missing} is missing (train it first, or give the whole file)"
+        )
+    return model
+
+
+def load_weights(model: Darknet, path: str | Path) -> list[int]:
+    """Fill `model` from a `.weights` or `.pt` file, whole or partial, and return the indices of the filled layers.
+
+    A layer without parameters counts as filled when everything before it is. Raises WeightsError.
+    """
+    if Path(path).suffix == ".pt":
+        checkpoint = load_checkpoint(path)
+        return load_state(model, checkpoint["model"], path)
+    return _load_darknet(model, path)
+
+
+def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) -> list[int]:
+    """Fill every layer of `model` whose tensors all stand in `state` with the same shapes."""
+    own, filled = model.state_dict(), []
+    for index, layer in enumerate(model.layers):
+        names = [f"blocks.{index}.{name}" for name in layer.tensors]
+        if all(name in state and state[name].shape == own[name].shape for name in names):
+            for name in names:
+                own[name].copy_(state[name])
+            filled.append(index)
+    if not any(model.layers[index].tensors for index in filled):
+        raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
+    return filled
+
+
+def save_weights(model: Darknet, path: str | Path) -> None:
+    """Write Darknet's `.weights`, atomically. The header is the one that was read, or version 0.2.5."""
+    assert not model.is_fused, "a fused network has no batch normalisation left to write"
+    major, minor, revision, seen = model.header
+    seen_bytes = struct.pack("<q" if major * 10 + minor >= 2 else "<i", seen)
+    parts = [struct.pack("<3i", major, minor, revision) + seen_bytes]
+    parts += [
+        tensor.detach().cpu().numpy().astype("<f4").tobytes() for layer in model.layers for tensor in _tensors(layer)
+    ]
+    write_atomically(path, lambda partial: partial.write_bytes(b"".join(parts)))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a `.pt` checkpoint: tensors, numbers and text only. Raises WeightsError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot read the weights: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)") from None
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "cfg" not in checkpoint:
+        raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
+    return checkpoint
+
+
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically: a reader finds the old file or the new one, never half of one."""
+    write_atomically(path, lambda partial: torch.save(dict(checkpoint), partial))
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename. Raises WeightsError when the disk refuses."""
+    partial = Path(f"{path}.partial")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise WeightsError(f"{path}: cannot write: {error}; the file that was there is unharmed") from None
+
+
+def checkpoint_cfg(checkpoint: Mapping[str, Any], path: str | Path) -> Cfg:
+    """Give the cfg that a checkpoint carries."""
+    return parse(checkpoint["cfg"], checkpoint.get("cfg_path", str(path)))
+
+
+def describe(model: Darknet, filled: list[int]) -> str:
+    """Say which layers were filled: 'layers 0-14 of 24'."""
+    return f"{_ranges(filled)} of {len(model.layers)}"
+
+
+def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot read the weights: {error.strerror}") from None
+    header, start = _read_header(data, path)
+    if (len(data) - start) % 4:
+        raise WeightsError(f"{path}: its {len(data) - start} bytes of values are no multiple of 4 (damaged or cut off)")
+    values = np.frombuffer(data, "<f4", offset=start)
+    sizes = [sum(tensor.numel() for tensor in _tensors(layer)) for layer in model.layers]
+    ends = list(accumulate(sizes))
+    count = sum(end <= len(values) for end in ends)  # layers that the file reaches the end of
+    held = f"the file holds {len(values)} values, {model.cfg.path} takes {ends[-1]}"
+    if len(values) > ends[-1]:
+        raise WeightsError(f"{path}: is too long: {held} (the weights of another cfg?)")
+    if len(values) == 0 or len(values) != ends[count - 1]:
+        raise WeightsError(f"{path}: ends inside layer {count}: {held} (cut off, or the weights of another cfg?)")
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise WeightsError(
+            f"{path}: holds NaN or infinity in layer {sum(end <= bad for end in ends)} (a failed training?)"
+        )
+    with torch.no_grad():
+        for layer, end, size in zip(model.layers[:count], ends, sizes, strict=False):
+            piece = torch.from_numpy(values[end - size : end].astype(np.float32))
+            tensors = _tensors(layer)
+            for tensor, part in zip(tensors, piece.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+    model.header = header
+    return list(range(count))
+
+
+def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, int], int]:
+    """Give (major, minor, revision, images seen) and the offset of the first value."""
+    if len(data) < 16:
+        raise WeightsError(f"{path}: holds {len(data)} bytes, less than a header (an empty or failed download?)")
+    major, minor, revision = struct.unpack_from("<3i", data)
+    if not (0 <= major < 1000 and 0 <= minor < 1000):  # Darknet's own bound for a sane version
+        raise WeightsError(f"{path}: is not a Darknet weights file (its version reads {major}.{minor}.{revision})")
+    is_long = major * 10 + minor >= 2 and len(data) >= 20
+    (seen,) = struct.unpack_from("<q" if is_long else "<i", data, 12)
+    return (major, minor, revision, seen), 20 if is_long else 16
+
+
+def _tensors(layer: Layer) -> list[Tensor]:
+    return [reduce(getattr, name.split("."), layer.module) for name in layer.tensors]
+
+
+def _ranges(indices: list[int]) -> str:
+    """Write sorted indices as '0-11, 14'."""
+    groups: list[list[int]] = []
+    for index in indices:
+        if groups and index == groups[-1][-1] + 1:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return ", ".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)

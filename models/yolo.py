@@ -1,0 +1,64 @@
+"""Detection heads: what a `[yolo]` or `[region]` section says, and how its raw map becomes boxes and scores.
+
+The decode rules are Darknet's (YOLOv3, https://arxiv.org/abs/1804.02767; `scale_x_y` and `new_coords` of scaled YOLOv4,
+https://arxiv.org/abs/2011.08036). The loss lives elsewhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One head. `anchors` are (width, height) in network-input pixels, `stride` is (height, width) in pixels a cell."""
+
+    layer: int
+    anchors: tuple[tuple[float, float], ...]
+    classes: int
+    stride: tuple[float, float]
+    scale_x_y: float = 1.0
+    is_new_coords: bool = False
+    is_softmax: bool = False
+
+
+def split(raw: Tensor, spec: HeadSpec) -> Tensor:
+    """View a raw map [B, A*(5+C), H, W] as [B, A, H, W, 5+C]: x, y, w, h, objectness, classes."""
+    B, _, H, W = raw.shape
+    return raw.view(B, len(spec.anchors), 5 + spec.classes, H, W).permute(0, 1, 3, 4, 2)  # [B, A, H, W, 5+C]
+
+
+def to_xywh(t: Tensor, cell: Tensor, anchor: Tensor, spec: HeadSpec) -> tuple[Tensor, Tensor]:
+    """Turn predictions t [..., 4] at `cell` [..., 2] (column, row) into a centre in cells and a size in pixels.
+
+    The size has the unit of `anchor` [..., 2]. With `new_coords` the convolution before the head is logistic already
+    and the size is a square, otherwise an exponential.
+    """
+    xy, wh = t[..., :2], t[..., 2:4]
+    if spec.is_new_coords:
+        size = 4 * wh.square() * anchor
+    else:
+        xy, size = xy.sigmoid(), wh.exp() * anchor
+    return cell + xy * spec.scale_x_y - (spec.scale_x_y - 1) / 2, size  # [..., 2], [..., 2]
+
+
+def decode(raw: Tensor, spec: HeadSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Decode a raw map [B, A*(5+C), H, W] of a network input of `size` (height, width).
+
+    Returns boxes [B, A*H*W, 4] as xywh_px (centre, width, height in network-input pixels) and scores [B, A*H*W, C]
+    (objectness times class).
+    """
+    t = split(raw, spec)  # [B, A, H, W, 5+C]
+    B, A, H, W, _ = t.shape
+    rows, columns = torch.arange(H, device=raw.device), torch.arange(W, device=raw.device)
+    cell = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(raw.dtype)  # [H, W, 2]
+    anchor = torch.tensor(spec.anchors, device=raw.device, dtype=raw.dtype).view(A, 1, 1, 2)
+    xy, wh = to_xywh(t[..., :4], cell, anchor, spec)
+    xy = xy * torch.tensor([size[1] / W, size[0] / H], device=raw.device, dtype=raw.dtype)
+    objectness, classes = t[..., 4:5], t[..., 5:]
+    if not spec.is_new_coords:
+        objectness = objectness.sigmoid()
+        classes = classes.softmax(-1) if spec.is_softmax else classes.sigmoid()
+    boxes, scores = torch.cat((xy, wh), -1), objectness * classes
+    return boxes.reshape(B, A * H * W, 4), scores.reshape(B, A * H * W, spec.classes)

@@ -1,0 +1,1 @@
+"""Everything that is done to a network or with it: data, training, evaluation, drawing, command lines."""

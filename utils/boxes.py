@@ -1,0 +1,64 @@
+"""Boxes in the pixels of a picture and of the network input, and what remains of them after NMS."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_convert, nms
+
+MAX_CANDIDATES = 30000  # boxes that enter NMS, the best by score: more are noise and cost quadratic time
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture of `shape` (height, width) lies in the network input: `scale` (y, x), then `offset` (top, left)."""
+
+    shape: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+
+    def to_picture(self, boxes: Tensor) -> Tensor:
+        """Move xyxy_px boxes [N, 4] of the network input into the picture and clip them to it."""
+        (h, w), (sy, sx), (top, left) = self.shape, self.scale, self.offset
+        shift = boxes.new_tensor([left, top, left, top])
+        factor = boxes.new_tensor([sx, sy, sx, sy])
+        return ((boxes - shift) / factor).clamp_min(0).minimum(boxes.new_tensor([w, h, w, h]))
+
+    def to_input(self, boxes: np.ndarray) -> np.ndarray:
+        """Move xyxy_px boxes [N, 4] of the picture into the network input."""
+        (sy, sx), (top, left) = self.scale, self.offset
+        return boxes * (sx, sy, sx, sy) + (left, top, left, top)
+
+
+def non_maximum_suppression(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    conf_thres: float,
+    iou_thres: float,
+    max_det: int,
+    is_agnostic: bool = False,
+    classes: list[int] | None = None,
+) -> Tensor:
+    """Keep the best boxes of one picture.
+
+    `boxes` [N, 4] are xywh_px, `scores` [N, C] objectness times class. As in Darknet a box counts once for every class
+    whose score is above `conf_thres`, and suppression goes class by class unless `is_agnostic`. `classes` keeps only
+    those. Returns [M, 6]: xyxy_px, score, class, the best first.
+    """
+    if classes is not None:
+        wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        wanted[classes] = True
+        scores = scores * wanted
+    rows, labels = (scores > conf_thres).nonzero(as_tuple=True)
+    values = scores[rows, labels]
+    if len(values) > MAX_CANDIDATES:
+        values, best = values.topk(MAX_CANDIDATES)
+        rows, labels = rows[best], labels[best]
+    corners = box_convert(boxes[rows], "cxcywh", "xyxy")
+    finite = corners.isfinite().all(1)  # an untrained head may put out infinite sizes
+    corners, values, labels = corners[finite], values[finite], labels[finite]
+    keep = nms(corners, values, iou_thres) if is_agnostic else batched_nms(corners, values, labels, iou_thres)
+    keep = keep[:max_det]
+    return torch.cat((corners[keep], values[keep, None], labels[keep, None].to(corners.dtype)), dim=1)  # [M, 6]

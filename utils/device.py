@@ -1,0 +1,44 @@
+"""Devices by the names that users type, numeric precision, and seeds."""
+
+import random
+
+import numpy as np
+import torch
+
+from .log import DataError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def select_device(name: str) -> torch.device:
+    """Turn '', 'cpu' or a GPU number into a device; '' is the first GPU where there is one, else the CPU."""
+    if name == "cpu" or (not name and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number = name.removeprefix("cuda").removeprefix(":") or "0"
+    if not number.isdigit():
+        raise DataError(f"--device {name}: expected cpu or the number of one GPU (0, 1, …)")
+    if int(number) >= torch.cuda.device_count():
+        raise DataError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs (use --device cpu)")
+    return torch.device("cuda", int(number))
+
+
+def autocast_type(precision: str, device: torch.device) -> torch.dtype:
+    """Give the type that a forward pass computes in; 'auto' is bf16 (or else fp16) on a GPU and fp32 on the CPU."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise DataError("--precision fp16: needs a GPU (on the CPU use bf16 or fp32)")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed every global generator; a resumed epoch thus starts where an uninterrupted one does."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,111 @@
+"""One epoch of training, and the state that a checkpoint carries so that a resumed run equals an uninterrupted one."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .datasets import Item, to_input
+from .log import DataError
+from .recipe import Recipe
+from .schedule import make_ema, make_optimizer, make_scheduler
+
+MAX_GRADIENT = 10.0  # norm that gradients are clipped to
+
+StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What an epoch changes: the network, its optimizer, schedule, moving average and gradient scaler."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    ema: AveragedModel
+    scaler: torch.amp.GradScaler
+
+    def state(self) -> dict[str, Any]:
+        """Give everything that the next epoch depends on, beside the epoch's number."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state given by `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.ema.load_state_dict(state["ema"])
+
+
+def make_trainer(
+    model: nn.Module, recipe: Recipe, *, epochs: int, steps: int, device: torch.device, dtype: torch.dtype
+) -> Trainer:
+    """Make the trainer of `epochs` of `steps` optimizer steps; gradients are scaled for fp16 alone."""
+    optimizer = make_optimizer(model, recipe)
+    scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler)
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: DataLoader[Item],
+    step_loss: StepLoss,
+    *,
+    device: torch.device,
+    accumulate: int,
+    title: str,
+    after_backward: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Train on every batch once and return the mean of each part of the loss.
+
+    `step_loss` takes inputs [B, C, H, W] and targets [N, 6] and returns the loss and its parts. `accumulate` batches
+    make one optimizer step, the last step of the epoch takes what is left; `after_backward` may add to the gradients
+    before it. Raises DataError when the loss is not finite, before any weight is touched by it.
+    """
+    trainer.model.train()
+    sums: dict[str, float] = defaultdict(float)
+    steps = len(loader)
+    for number, batch in enumerate(progress := tqdm(loader, desc=title, unit="batch")):
+        loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
+        if not math.isfinite(value := loss.item()):
+            raise DataError(
+                f"{title}, batch {number + 1}: the loss is {value}; the last checkpoint is kept (lower --lr, or look"
+                " at the labels of this batch)"
+            )
+        first = number - number % accumulate
+        trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()
+        if (number + 1) % accumulate == 0 or number + 1 == steps:
+            _step(trainer, after_backward)
+        for name, part in {"loss": loss, **parts}.items():
+            sums[name] += float(part.detach())
+        progress.set_postfix({name: f"{total / (number + 1):.3g}" for name, total in sums.items()})
+    return {name: total / steps for name, total in sums.items()}
+
+
+def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
+    trainer.scaler.unscale_(trainer.optimizer)
+    if after_backward:
+        after_backward()
+    nn.utils.clip_grad_norm_(trainer.model.parameters(), MAX_GRADIENT)
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad()
+    trainer.scheduler.step()
+    trainer.ema.update_parameters(trainer.model)

@@ -1,0 +1,237 @@
+"""Mean average precision by pycocotools, and precision, recall and F1 where the mean F1 is best."""
+
+import contextlib
+import io
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from models import Darknet
+
+from .boxes import non_maximum_suppression
+from .datasets import Pictures, evaluation_batches, make_loader, to_input
+from .device import synchronize
+from .labels import Labelled
+from .predict import predict
+
+CONFIDENCES = np.linspace(0, 1, 1001)  # where precision and recall are read
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How detections are made: network size (height, width), thresholds and the number kept per image."""
+
+    size: tuple[int, int]
+    conf_thres: float = 0.001
+    iou_thres: float = 0.6
+    max_det: int = 100
+    batch_size: int = 16
+    workers: int = 0
+    is_rectangular: bool = True
+    is_stretched: bool = False
+    is_augmented: bool = False
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: average precision at IoU .5 and over .5:.95, precision, recall, F1, and its number of truths."""
+
+    ap50: float
+    ap: float
+    precision: float
+    recall: float
+    f1: float
+    truths: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All fractions 0..1; precision, recall and F1 at IoU .5 and `confidence`, where their mean F1 is best."""
+
+    map50: float
+    map50_95: float
+    precision: float
+    recall: float
+    f1: float
+    confidence: float
+    per_class: dict[str, ClassScore]
+    images: int
+    ms_per_image: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the evaluation as plain data."""
+        return asdict(self)
+
+    def means(self) -> dict[str, float]:
+        """Give the means over the classes."""
+        return {key: getattr(self, key) for key in ("map50", "map50_95", "precision", "recall", "f1")}
+
+    def line(self) -> str:
+        """Give the means as one line."""
+        return ", ".join(f"{key} {value:.3f}" for key, value in self.means().items())
+
+    def table(self) -> str:
+        """Lay the figures out as a table, the mean of all classes first."""
+        rows = [f"{'class':<20}{'truths':>8}{'P':>8}{'R':>8}{'F1':>8}{'AP@.5':>8}{'AP@.5:.95':>11}"]
+        truths = sum(score.truths for score in self.per_class.values())
+        mean = ClassScore(self.map50, self.map50_95, self.precision, self.recall, self.f1, truths)
+        for name, score in [("all", mean), *self.per_class.items()]:
+            rates = "".join(f"{rate:8.3f}" for rate in (score.precision, score.recall, score.f1, score.ap50))
+            rows.append(f"{name[:19]:<20}{score.truths:8}{rates}{score.ap:11.3f}")
+        times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in self.ms_per_image.items())
+        rows.append(f"{self.images} images; a picture takes {times}; P, R and F1 at confidence {self.confidence:.3f}")
+        return "\n".join(rows)
+
+
+def evaluate(
+    model: Darknet,
+    labelled: Labelled,
+    names: tuple[str, ...],
+    settings: Settings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Detect on every image and judge; returns the evaluation and the detections in COCO's results format."""
+    results, clock = detect_all(model, labelled, settings, device=device, dtype=dtype)
+    ms = {stage: 1000 * seconds / len(labelled.paths) for stage, seconds in clock.items()}
+    return judge(results, labelled, names, max_det=settings.max_det, ms_per_image=ms), results
+
+
+@torch.inference_mode()
+def detect_all(
+    model: Darknet, labelled: Labelled, settings: Settings, *, device: torch.device, dtype: torch.dtype
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Detect on every image: COCO results (image_id and category_id 0-based, bbox xywh of the picture) and seconds.
+
+    The clock has three stages: preprocess (waiting for the loader and moving to the device), forward (with decoding)
+    and nms.
+    """
+    model.eval()
+    pictures = Pictures(labelled, model.channels, is_stretched=settings.is_stretched)
+    batches = evaluation_batches(
+        labelled.sizes,
+        settings.batch_size,
+        settings.size,
+        model.stride,
+        is_rectangular=settings.is_rectangular and not settings.is_stretched,
+    )
+    results: list[dict[str, Any]] = []
+    clock = {"preprocess": 0.0, "forward": 0.0, "nms": 0.0}
+    start = time.perf_counter()
+    loader = make_loader(pictures, batches, workers=settings.workers)
+    for batch in tqdm(loader, desc="testing", unit="batch", leave=False):
+        x = to_input(batch.pictures, device)
+        start = _lap(clock, "preprocess", start, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            boxes, scores = predict(model, x, is_augmented=settings.is_augmented)
+        start = _lap(clock, "forward", start, device)
+        for place, (index, fit) in enumerate(zip(batch.indices, batch.fits, strict=True)):
+            found = non_maximum_suppression(
+                boxes[place],
+                scores[place],
+                conf_thres=settings.conf_thres,
+                iou_thres=settings.iou_thres,
+                max_det=settings.max_det,
+            )
+            corners = fit.to_picture(found[:, :4])
+            corners[:, 2:] -= corners[:, :2]
+            results += [
+                {"image_id": index, "category_id": int(label), "bbox": box, "score": score}
+                for box, score, label in zip(corners.tolist(), found[:, 4].tolist(), found[:, 5].tolist(), strict=True)
+            ]
+        start = _lap(clock, "nms", start, device)
+    return results, clock
+
+
+def judge(
+    results: list[dict[str, Any]],
+    labelled: Labelled,
+    names: tuple[str, ...],
+    *,
+    max_det: int,
+    ms_per_image: dict[str, float] | None = None,
+) -> Evaluation:
+    """Judge COCO results against the labels with pycocotools. Classes without truths do not count in the means."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO()
+        truth.dataset = _coco_truth(labelled, names)
+        truth.createIndex()
+        judged = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+        judged.params.maxDets = [1, 10, max_det]
+        judged.params.imgIds = list(range(len(labelled.paths)))
+        judged.params.catIds = list(range(len(names)))
+        judged.evaluate()
+        judged.accumulate()
+    precision = judged.eval["precision"][:, :, :, 0, -1]  # [10 IoUs, 101 recalls, classes]
+    truths = np.bincount(np.concatenate([rows[:, 0] for rows in labelled.labels]).astype(int), minlength=len(names))
+    counted = truths > 0
+    curves = [_precision_recall(judged, index, int(count)) for index, count in enumerate(truths)]
+    P, R = np.stack([curve[0] for curve in curves]), np.stack([curve[1] for curve in curves])  # [classes, 1001]
+    F1 = 2 * P * R / np.maximum(P + R, 1e-16)
+    best = int(F1[counted].mean(0).argmax()) if counted.any() else 0
+    ap50, ap = precision[0].mean(0), precision.mean((0, 1))
+    per_class = {
+        name: ClassScore(
+            *(float(max(value, 0)) for value in (ap50[i], ap[i], P[i, best], R[i, best], F1[i, best])), int(truths[i])
+        )
+        for i, name in enumerate(names)
+    }
+    means = [float(values[counted].mean()) if counted.any() else 0.0 for values in (ap50, ap, P[:, best], R[:, best])]
+    mean_f1 = float(F1[counted, best].mean()) if counted.any() else 0.0
+    confidence = float(CONFIDENCES[best])
+    return Evaluation(*means, mean_f1, confidence, per_class, len(labelled.paths), ms_per_image or {})
+
+
+def _coco_truth(labelled: Labelled, names: tuple[str, ...]) -> dict[str, Any]:
+    annotations = []
+    for index, ((h, w), rows) in enumerate(zip(labelled.sizes.tolist(), labelled.labels, strict=True)):
+        corners = box_convert(torch.from_numpy(rows[:, 1:]) * torch.tensor([w, h, w, h]), "cxcywh", "xyxy")
+        corners = corners.clamp_min(0).minimum(torch.tensor([w, h, w, h]))  # as the picture clips what it shows
+        sides = corners[:, 2:] - corners[:, :2]
+        for label, (x, y), (bw, bh) in zip(rows[:, 0], corners[:, :2].tolist(), sides.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # pycocotools takes id 0 for "no match"
+                    "image_id": index,
+                    "category_id": int(label),
+                    "bbox": [x, y, bw, bh],
+                    "area": bw * bh,
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "info": {},
+        "images": [{"id": index, "width": w, "height": h} for index, (h, w) in enumerate(labelled.sizes.tolist())],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        "annotations": annotations,
+    }
+
+
+def _precision_recall(judged: COCOeval, category: int, truths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give precision and recall at IoU .5 over CONFIDENCES, from pycocotools' own matches."""
+    images = len(judged.params.imgIds)
+    start = category * len(judged.params.areaRng) * images
+    matched = [found for found in judged.evalImgs[start : start + images] if found]
+    if not matched or not truths:
+        return np.zeros_like(CONFIDENCES), np.zeros_like(CONFIDENCES)
+    scores = np.concatenate([found["dtScores"] for found in matched])
+    is_true = np.concatenate([found["dtMatches"][0] > 0 for found in matched])
+    order = np.argsort(-scores, kind="mergesort")
+    hits = np.concatenate(([0], np.cumsum(is_true[order])))
+    count = np.searchsorted(-scores[order], -CONFIDENCES, side="right")  # detections at or above each confidence
+    return hits[count] / np.maximum(count, 1), hits[count] / truths
+
+
+def _lap(clock: dict[str, float], stage: str, start: float, device: torch.device) -> float:
+    synchronize(device)
+    now = time.perf_counter()
+    clock[stage] += now - start
+    return now

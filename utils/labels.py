@@ -1,0 +1,267 @@
+"""Lists of images and their labels, checked before anything runs: every bad image and label line in one report.
+
+A label file lies at the image's path with its last `images` (or `JPEGImages`) folder replaced by `labels`, or beside
+the image; it holds one `class x y w h` a line, in fractions of the image. What was checked is kept in a cache beside
+the list and looked at again only where a file has changed.
+"""
+
+import glob
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from .log import DataError, log
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+REPORTED = 100  # mistakes told in full
+DATA_KEYS = {"classes", "train", "valid", "names", "max_det"}
+DARKNET_DATA_KEYS = {"backup", "eval", "results", "top", "labels", "difficult", "test"}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A `.data` file: class names, where the train and valid images are, and detections counted per image."""
+
+    path: str
+    names: tuple[str, ...]
+    train: Path | None
+    valid: Path | None
+    max_det: int = 100
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Checked images: paths, sizes [N, 2] (height, width) and labels, each [n, 5] float32 (class, xywh_n)."""
+
+    paths: list[str]
+    sizes: np.ndarray
+    labels: list[np.ndarray]
+
+
+def load_data(path: str | Path) -> DataSpec:
+    """Read a `.data` file; its paths are relative to its own folder. Raises DataError."""
+    found: dict[str, str] = {}
+    mistakes = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or not value:
+            mistakes.append(f"{path}:{number}: expected key=value, gets {line!r}")
+        elif key in DATA_KEYS:
+            found.setdefault(key, value)
+        elif key not in DARKNET_DATA_KEYS:
+            mistakes.append(f"{path}:{number}: does not know {key!r} (expected one of {', '.join(sorted(DATA_KEYS))})")
+    mistakes += [
+        f"{path}: {key!r} expects a number of at least 1, gets {found[key]!r}"
+        for key in ("classes", "max_det")
+        if not found.get(key, "1").isdigit() or int(found.get(key, "1")) < 1
+    ]
+    if "names" not in found:
+        mistakes.append(f"{path}: has no names= (a file with one class name a line)")
+    if mistakes:
+        raise DataError("\n".join(mistakes))
+    names = load_names(_relative(found["names"], path))
+    if int(found.get("classes", len(names))) != len(names):
+        raise DataError(f"{path}: classes={found['classes']}, but {found['names']} has {len(names)} names")
+    train, valid = (_relative(found[key], path) if key in found else None for key in ("train", "valid"))
+    return DataSpec(str(path), names, train, valid, int(found.get("max_det", 100)))
+
+
+def load_names(path: str | Path) -> tuple[str, ...]:
+    """Read class names, one a line. Raises DataError."""
+    names = tuple(line.strip() for line in _read_lines(path) if line.strip())
+    if not names:
+        raise DataError(f"{path}: has no class names (one a line)")
+    return names
+
+
+def list_images(source: str | Path) -> list[str]:
+    """Give the images of a list file (.txt), a folder, a glob pattern or a single file. Raises DataError."""
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    elif path.is_file() and path.suffix == ".txt":
+        found = [str(_relative(line.strip(), path)) for line in _read_lines(path) if line.strip()]
+    elif path.is_file():
+        found = [str(path)]
+    else:
+        found = sorted(p for p in glob.glob(str(source)) if Path(p).suffix.lower() in IMAGE_SUFFIXES)
+        if not found and not glob.has_magic(str(source)):
+            raise DataError(f"{source}: no such file or folder")
+    if not found:
+        raise DataError(f"{source}: names no image (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def label_path(image: str) -> Path:
+    """Give the label file of an image."""
+    parts = list(Path(image).parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] in ("images", "JPEGImages"):
+            parts[place] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def check_labels(source: str | Path, classes: int) -> Labelled:
+    """Read the images of `source` and check every one of them and of its labels.
+
+    Raises DataError with all mistakes: images that are missing or broken, label lines with a wrong number of values,
+    a class out of range, NaN, a side that is not above 0, a centre outside the image.
+    """
+    paths = list_images(source)
+    cache_file = Path(f"{str(source).rstrip('/')}.cache.npz")
+    cache = _read_cache(cache_file)
+    mistakes: list[str] = []
+    stamps, sizes, labels, missing, repeated = [], [], [], 0, 0
+
+    def check(path: str) -> tuple[np.ndarray, tuple[int, int], np.ndarray, list[str]]:
+        stamp = np.array([*_stamp(path), *_stamp(label_path(path))], np.int64)
+        known = cache.get(path)
+        if known and np.array_equal(known[0], stamp) and (not len(known[2]) or known[2][:, 0].max() < classes):
+            return stamp, known[1], known[2], []
+        size, wrong = _check_image(path)
+        rows, bad = _check_label_file(label_path(path), classes)
+        return stamp, size, rows, wrong + bad
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = tqdm(pool.map(check, paths), total=len(paths), desc=f"checking {source}", unit="img", leave=False)
+        for stamp, size, rows, wrong in checked:
+            mistakes += wrong
+            missing += int(stamp[2] < 0)
+            unique = np.unique(rows, axis=0) if len(rows) else rows
+            repeated += len(rows) - len(unique)
+            stamps.append(stamp)
+            sizes.append(size)
+            labels.append(unique)
+    if missing == len(paths):
+        mistakes.append(f"{source}: no image has a label file (expected one like {label_path(paths[0])})")
+    if mistakes:
+        more = [f"… and {len(mistakes) - REPORTED} more mistakes"] if len(mistakes) > REPORTED else []
+        raise DataError("\n".join(mistakes[:REPORTED] + more))
+    boxes = sum(map(len, labels))
+    log.info("%s: %d images, %d boxes, %d images without a label file", source, len(paths), boxes, missing)
+    if repeated:
+        log.info("%s: %d boxes stand twice in their label file and count once", source, repeated)
+    labelled = Labelled(paths, np.array(sizes, np.int32).reshape(-1, 2), labels)
+    _write_cache(cache_file, labelled, stamps)
+    return labelled
+
+
+def merge_classes(labelled: Labelled) -> Labelled:
+    """Take all classes for one, class 0."""
+    return replace(labelled, labels=[rows * np.float32([0, 1, 1, 1, 1]) for rows in labelled.labels])
+
+
+def _check_image(path: str) -> tuple[tuple[int, int], list[str]]:
+    """Decode an image to the end and give its upright (height, width)."""
+    try:
+        with Image.open(path) as image:
+            w, h = image.size
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+            image.draft("L", (w // 8, h // 8))  # a JPEG is read in full, but decoded at an eighth of its size
+            image.load()
+            return ((w, h) if is_turned else (h, w)), []
+    except FileNotFoundError:
+        return (0, 0), [f"{path}: no such image"]
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no image format known here" if isinstance(error, UnidentifiedImageError) else str(error)
+        return (0, 0), [f"{path}: broken image: {reason}"]
+
+
+def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
+    if not path.is_file():
+        return np.zeros((0, 5), np.float32), []
+    rows, mistakes = [], []
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            continue
+        row, problem = _check_line(line.split(), classes)
+        if problem:
+            mistakes.append(f"{path}:{number}: {problem}")
+        else:
+            rows.append(row)
+    return np.array(rows, np.float32).reshape(-1, 5), mistakes
+
+
+def _check_line(words: Sequence[str], classes: int) -> tuple[list[float], str]:
+    try:
+        row = [float(word) for word in words]
+    except ValueError:
+        return [], f"expected numbers: class x y w h, gets {' '.join(words)!r}"
+    if len(row) != 5:
+        return [], f"expected 5 numbers: class x y w h, gets {len(row)}"
+    if not all(map(math.isfinite, row)):
+        return [], f"expected finite numbers, gets {' '.join(words)!r}"
+    label, x, y, w, h = row
+    if label != int(label) or not 0 <= label < classes:
+        return [], f"class {words[0]} is out of range (the names file has {classes}: 0 to {classes - 1})"
+    if w <= 0 or h <= 0:
+        return [], f"expected a width and height above 0, gets {w:g} and {h:g}"
+    if not (0 <= x <= 1 and 0 <= y <= 1 and w <= 1.01 and h <= 1.01):
+        return [], f"expected fractions of the image from 0 to 1, gets {' '.join(words[1:])} (pixels?)"
+    return row, ""
+
+
+def _read_lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not a text file") from None
+
+
+def _relative(written: str, file: str | Path) -> Path:
+    """Resolve a path written in `file`: relative to its folder, or where that is not there to the working directory."""
+    beside = Path(file).parent / written
+    return Path(written) if not beside.exists() and Path(written).exists() else beside
+
+
+def _stamp(path: str | Path) -> tuple[int, int]:
+    """Give (modification time in ns, size), (-1, -1) for a file that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_mtime_ns, status.st_size
+
+
+def _read_cache(file: Path) -> dict[str, tuple[np.ndarray, tuple[int, int], np.ndarray]]:
+    try:
+        with np.load(file, allow_pickle=False) as cache:
+            ends = np.cumsum(cache["counts"])
+            labels = np.split(cache["labels"], ends[:-1])
+            sizes = [(int(h), int(w)) for h, w in cache["sizes"]]
+            return {
+                str(p): (stamp, size, rows)
+                for p, stamp, size, rows in zip(cache["paths"], cache["stamps"], sizes, labels, strict=True)
+            }
+    except (OSError, ValueError, KeyError, EOFError):
+        return {}  # there is none, or it was cut off: everything is checked anew
+
+
+def _write_cache(file: Path, labelled: Labelled, stamps: list[np.ndarray]) -> None:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial.npz")
+    try:
+        np.savez(
+            partial,
+            paths=np.array(labelled.paths),
+            stamps=np.stack(stamps),
+            sizes=labelled.sizes,
+            counts=np.array([len(rows) for rows in labelled.labels]),
+            labels=np.concatenate(labelled.labels),
+        )
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        log.info("%s: no label cache written: %s", file, error.strerror)

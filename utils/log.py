@@ -1,0 +1,26 @@
+"""One logger, `darkslim`: plain lines on standard output, the same lines in a run's log file, and DataError."""
+
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger("darkslim")
+
+
+class DataError(ValueError):
+    """The user's mistakes in data, paths or flags, one line each."""
+
+
+def start_logging(file: Path | None = None) -> None:
+    """Send log lines to standard output and, when `file` is given, append them there too."""
+    log.setLevel(logging.INFO)
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)

@@ -1,0 +1,67 @@
+"""The training recipe: every hyper-parameter, its default and its unit, in one frozen dataclass."""
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .log import DataError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one training. Gains weigh the parts of the loss, probabilities are per image."""
+
+    optimizer: str = "sgd"  # sgd (Nesterov) or adamw
+    lr: float = 0.01  # peak learning rate; AdamW takes a tenth
+    final_lr: float = 0.01  # last learning rate as a fraction of the peak (cosine)
+    momentum: float = 0.937  # of SGD, and beta1 of AdamW
+    weight_decay: float = 5e-4  # on convolution weights
+    warmup_epochs: float = 3.0
+    nominal_batch: int = 64  # gradients are accumulated up to this many images
+    ema_decay: float = 0.999  # limit of (1 + n) / (10 + n) after n steps
+    box_gain: float = 3.2
+    objectness_gain: float = 32.0
+    class_gain: float = 2.0
+    anchor_ratio: float = 4.0  # an anchor takes a box whose sides differ from its own by less than this factor
+    neighbours: float = 0.5  # cells beside the centre's answer too, as far as this from their border (0: none)
+    label_smoothing: float = 0.0
+    mosaic: float = 1.0  # probability
+    close_mosaic: float = 0.15  # last fraction of the epochs, which see whole images
+    mixup: float = 0.0  # probability
+    hue: float = 0.015  # fraction of the colour circle, either way
+    saturation: float = 0.7  # fraction, either way
+    value: float = 0.4  # fraction, either way
+    degrees: float = 0.0  # rotation, either way
+    translate: float = 0.1  # fraction of the size, either way
+    scale: float = 0.5  # zoom by 1 - scale to 1 + scale
+    shear: float = 0.0  # degrees, either way
+    flip_lr: float = 0.5  # probability
+    flip_ud: float = 0.0  # probability
+
+
+def load_recipe(path: str | Path, base: Recipe) -> Recipe:
+    """Read key=value lines over the values of `base`. Raises DataError with every line that cannot be read."""
+    kinds = {field.name: type(field.default) for field in fields(Recipe)}
+    found: dict[str, Any] = {}
+    mistakes = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', 'not a text file')}") from None
+    for number, line in enumerate(lines, start=1):
+        key, equals, value = (part.strip() for part in line.partition("#")[0].partition("="))
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1)
+            if key or equals:
+                mistakes.append(f"{path}:{number}: does not know {key!r} (expected {', '.join(near or kinds)})")
+            continue
+        try:
+            found[key] = kinds[key](value)
+        except ValueError:
+            mistakes.append(f"{path}:{number}: {key!r} expects a number, gets {value!r}")
+    if found.get("optimizer", "sgd") not in ("sgd", "adamw"):
+        mistakes.append(f"{path}: 'optimizer' expects sgd or adamw, gets {found['optimizer']!r}")
+    if mistakes:
+        raise DataError("\n".join(mistakes))
+    return replace(base, **found)

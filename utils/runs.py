@@ -1,0 +1,110 @@
+"""A run's folder: runs/<name>/ with its log, metrics, TensorBoard events, pictures and checkpoints."""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from models import Darknet, dump, save_weights
+from models.weights import save_checkpoint, write_atomically
+
+from .engine import Trainer
+from .log import log, start_logging
+from .plots import draw_curves
+from .recipe import Recipe
+
+RUNS, WEIGHTS = Path("runs"), Path("weights")
+
+
+class Run:
+    """One training's folder; `resumed` is the checkpoint that it goes on from, empty for a new run."""
+
+    def __init__(self, folder: Path, resumed: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.best: float = resumed.get("best", -1.0)
+        folder.mkdir(parents=True, exist_ok=True)
+        start_logging(folder / "train.log")
+        self.metrics_file = folder / "metrics.jsonl"
+        epoch = resumed.get("epoch", 0)
+        if self.metrics_file.exists():  # drop the epochs that are done again
+            rows = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(row for row in rows if row.endswith("\n") and json.loads(row)["epoch"] <= epoch)
+            write_atomically(self.metrics_file, lambda partial: partial.write_text(kept, encoding="utf-8"))
+        self.events = SummaryWriter(str(folder), purge_step=epoch + 1 if epoch else None)
+        log.info("%s in %s", f"going on after epoch {epoch}" if epoch else "training", folder)
+
+    def add_metrics(self, row: Mapping[str, Any]) -> bool:
+        """Append one epoch's figures to metrics.jsonl and TensorBoard; tell whether its mAP@.5:.95 is the best yet."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {}
+            for tag, number in (parts or {name: value}).items():
+                self.events.add_scalar(tag, number, row["epoch"])
+        self.events.flush()
+        draw_curves(self.metrics_file, self.folder / "curves.png")
+        is_best = row.get("map50_95", -2.0) > self.best
+        self.best = max(self.best, row.get("map50_95", -1.0))
+        return is_best
+
+    def save(
+        self,
+        averaged: Darknet,
+        trainer: Trainer,
+        args: Namespace,
+        recipe: Recipe,
+        *,
+        epoch: int,
+        names: tuple[str, ...],
+        seen: int,
+        is_best: bool,
+    ) -> None:
+        """Write last.pt, and best.pt where `is_best`, and copy them to weights/.
+
+        A checkpoint describes itself; last.pt carries the trainer's state until the last epoch is done. Raises
+        WeightsError when the disk refuses, with the earlier file unharmed.
+        """
+        checkpoint = {
+            "cfg": dump(averaged.cfg),
+            "cfg_path": averaged.cfg.path,
+            "names": list(names),
+            "data": args.data,
+            "folder": str(self.folder),
+            "settings": {name: value for name, value in vars(args).items() if name != "resume"},
+            "recipe": asdict(recipe),
+            "epoch": epoch,
+            "best": self.best,
+            "model": averaged.state_dict(),
+        }
+        averaged.header = (0, 2, 5, seen)
+        if is_best:
+            self._write("best", averaged, checkpoint)
+        is_last = epoch == args.epochs
+        self._write("last", averaged, checkpoint if is_last else checkpoint | {"trainer": trainer.state()})
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self.events.close()
+
+    def _write(self, name: str, averaged: Darknet, checkpoint: Mapping[str, Any]) -> None:
+        path = self.folder / f"{name}.pt"
+        save_checkpoint(path, checkpoint)
+        save_weights(averaged, path.with_suffix(".weights"))
+        write_atomically(WEIGHTS / path.name, lambda partial: shutil.copyfile(path, partial))
+
+
+def new_folder(name: str) -> Path:
+    """Give runs/<name>, or the first of <name>-2, -3, … that is not there: nothing is overwritten."""
+    folder, number = RUNS / name, 1
+    while folder.exists() and os.listdir(folder):
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    if number > 1:
+        log.info("runs/%s is there already: this run goes to %s", name, folder)
+    return folder
