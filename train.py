@@ -32,6 +32,7 @@ from utils.loss import detection_loss
 from utils.plots import draw_batch
 from utils.recipe import Recipe, load_recipe
 from utils.runs import Run, new_folder
+from utils.schedule import batches_per_step
 from utils.sparsity import shrink_gammas
 
 
@@ -49,7 +50,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--multi-scale", action="store_true", help="draw a size between MIN and MAX for every batch")
     parser.add_argument("--rect", action="store_true", help="batches of like shapes, without mosaic")
     parser.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
-    parser.add_argument("--single-cls", action="store_true", help="take all classes for one")
     parser.add_argument("--notest", action="store_true", help="test after the last epoch only")
     parser.add_argument("--nosave", action="store_true", help="write checkpoints after the last epoch only")
     parser.add_argument("--resume", nargs="?", const="weights/last.pt", help="go on with a last.pt, as it was started")
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
     loader = make_loader(pictures, batches, workers=args.workers)
-    accumulate = max(1, round(recipe.nominal_batch / args.batch_size))
+    accumulate = batches_per_step(recipe, args.batch_size, args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
     trainer = make_trainer(model, recipe, epochs=args.epochs, steps=steps, device=device, dtype=dtype)
     if resumed:

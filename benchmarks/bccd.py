@@ -1,6 +1,6 @@
 """BCCD (364 pictures of blood cells, VOC XML) as Darknet labels: the benchmarks' small real dataset.
 
-    python benchmarks/bccd.py runs/bccd
+    python -m benchmarks.bccd runs/bccd
 
 Reads $DARKSLIM_DATA/datasets/bccd and writes links to the images, labels, lists and a .data file. Boxes without an area
 are left out and counted.

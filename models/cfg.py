@@ -10,16 +10,17 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeAlias, TypeVar
 
 log = logging.getLogger("darkslim")
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
-Int, Float = int, float  # Section.int and Section.float hide the builtins inside the class
+Int: TypeAlias = int  # Section.int and Section.float hide the builtins inside the class
+Float: TypeAlias = float
 
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
-_VALUE = re.compile(r"(?P<blank>\s*)(?P<value>[^#;]*?)(?P<rest>\s*(?:[#;].*)?)", re.DOTALL)
+_VALUE = re.compile(r"(?P<blank>\s*(?=[^\s#;])|)(?P<value>[^#;]*?)(?P<rest>\s*(?:[#;].*)?)", re.DOTALL)
 _INT = re.compile(r"[-+]?[0-9]{1,18}")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _MISSING_COMMA = re.compile(r"[\d.][ \t]+[-+\d.]")
@@ -128,14 +129,15 @@ class Section:
         if option is None:
             for other in self.options.values():
                 other.row += 1
-            self.lines.insert(1, f"{key}={value}\n")
+            header = self.lines[0].rstrip("\r\n")
+            ending = self.lines[0][len(header) :] or "\n"
+            self.lines[:1] = [header + ending, f"{key}={value}{ending}"]
             self.options[key] = Option(key, str(value), 1, self.line)
             return
         head, _, tail = self.lines[option.row].partition("=")
         match = _VALUE.fullmatch(tail)
         assert match is not None  # the pattern takes any text
-        blank = match["blank"] if match["value"] else ""
-        self.lines[option.row] = f"{head}={blank}{value}{match['rest']}"
+        self.lines[option.row] = f"{head}={match['blank']}{value}{match['rest']}"
         option.value = str(value)
 
     def _read(self, key: str, default: T | None, fallback: T, kind: str, convert: Callable[[str], T]) -> T:
@@ -203,9 +205,12 @@ class Cfg:
 def load_cfg(path: str | Path) -> Cfg:
     """Read and parse the cfg file at `path`. Raises CfgError when it cannot be read."""
     try:
-        return parse(Path(path).read_bytes().decode("utf-8", "surrogateescape"), str(path))
+        data = Path(path).read_bytes()
     except OSError as error:
         raise CfgError(str(path), 0, f"cannot read the cfg: {error.strerror}") from None
+    if b"\0" in data:
+        raise CfgError(str(path), 0, "is not a text file (expected a cfg in UTF-8, is it a weights file?)")
+    return parse(data.decode("utf-8", "surrogateescape"), str(path))
 
 
 def parse(text: str, path: str = "<string>") -> Cfg:
@@ -214,9 +219,10 @@ def parse(text: str, path: str = "<string>") -> Cfg:
     for number, raw in enumerate(_LINES.findall(text), start=1):
         line = "".join(raw.split()).removeprefix("\ufeff").strip("\0")
         if line.startswith("["):
-            name = line[1:].partition("]")[0]
-            if "]" not in line or not name:
-                cfg.fail(number, f"expected a section like [convolutional], gets {line!r}")
+            name, bracket, rest = line[1:].partition("]")
+            if not bracket or rest[:1] not in ("", "#", ";"):
+                cfg.fail(number, f"expected a section like [convolutional] alone on its line, gets {line!r}")
+            name = name if name.isprintable() else ascii(name)
             cfg.sections.append(Section(name, number, cfg))
         target = cfg.sections[-1].lines if cfg.sections else cfg.preamble
         target.append(raw)

@@ -2,26 +2,29 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .cfg import Cfg, dump, parse, suggest
+from .cfg import Cfg, suggest
 from .layers import SECTIONS, Built, Convolution, Layer
 from .yolo import HeadSpec, decode
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
 
 # Darknet's own keys that describe its trainer or its own files, per section.
+NET_KEYS = """batch subdivisions inputs max_crop min_crop learning_rate learning_rate_min policy burn_in power steps
+    scales step scale gamma sgdr_cycle sgdr_mult seq_scales max_batches max_epochs momentum decay adam B1 B2 eps
+    ema_alpha loss_scale angle aspect saturation exposure hue flip blur gaussian_noise mixup cutmix mosaic
+    mosaic_bound letter_box resize_step label_smooth_eps attention adversarial_lr max_chart_loss contrastive
+    contrastive_jit_flip contrastive_color unsupervised augment_speed sequential_subdivisions try_fix_nan
+    weights_reject_freq equidistant_point badlabels_rejection_percentage num_sigmas_reject_badlabels
+    dynamic_minibatch optimized_memory workspace_size_limit_MB use_cuda_graph show_receptive_field""".split()
 TRAINER_KEYS = {
-    "net": """batch subdivisions inputs max_crop min_crop learning_rate learning_rate_min policy burn_in power steps
-        scales step scale gamma sgdr_cycle sgdr_mult seq_scales max_batches max_epochs momentum decay adam B1 B2 eps
-        ema_alpha loss_scale angle aspect saturation exposure hue flip blur gaussian_noise mixup cutmix mosaic
-        mosaic_bound letter_box resize_step label_smooth_eps attention adversarial_lr max_chart_loss contrastive
-        contrastive_jit_flip contrastive_color unsupervised augment_speed sequential_subdivisions try_fix_nan
-        weights_reject_freq equidistant_point badlabels_rejection_percentage num_sigmas_reject_badlabels
-        dynamic_minibatch optimized_memory workspace_size_limit_MB use_cuda_graph show_receptive_field""".split(),
+    "net": NET_KEYS,
+    "network": NET_KEYS,
     "yolo": """max jitter resize ignore_thresh truth_thresh iou_thresh random objectness_smooth label_smooth_eps
         iou_normalizer obj_normalizer cls_normalizer delta_normalizer max_delta iou_loss iou_thresh_kind nms_kind
         beta_nms counters_per_class focal_loss show_details""".split(),
@@ -39,7 +42,7 @@ class Darknet(nn.Module):
 
     def __init__(self, cfg: Cfg, *, allow_unknown: bool = False) -> None:
         super().__init__()
-        self.cfg = parse(dump(cfg), cfg.path)  # a copy: building marks what it reads
+        self.cfg = copy.deepcopy(cfg)  # building marks what it reads
         self.layers = _build(self.cfg, allow_unknown=allow_unknown)
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)
         self.heads: list[HeadSpec] = [layer.head for layer in self.layers if layer.head]
@@ -61,8 +64,10 @@ class Darknet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels that every input side must be a multiple of: the coarsest stride of any head."""
-        return max(int(side) for head in self.heads for side in head.stride)
+        """Pixels that every input side must be a multiple of: the coarsest stride of a head or an upsampled map."""
+        strides = [head.stride for head in self.heads]
+        strides += [below.stride for below, above in pairwise(self.layers) if isinstance(above.module, nn.Upsample)]
+        return max(1, *(int(side) for stride in strides for side in stride))
 
     @property
     def classes(self) -> int:

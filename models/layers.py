@@ -302,9 +302,13 @@ def _head(section: Section, built: Built, spec: HeadSpec) -> Layer:
     source, count = built.previous, len(spec.anchors)
     wanted = count * (5 + spec.classes)
     if count and source.channels != wanted:
+        fix = (
+            f"set filters={wanted} at line {built.filters_line}"
+            if built.filters_line
+            else "put a convolution before it"
+        )
         section.fail(
-            f"expects {wanted} channels ({count} anchors, classes={spec.classes}), gets {source.channels}"
-            f" (set filters={wanted} at line {built.filters_line})"
+            f"expects {wanted} channels ({count} anchors, classes={spec.classes}), gets {source.channels} ({fix})"
         )
     return Layer(nn.Identity(), (built.index - 1,), source.channels, source.size, source.stride, head=spec)
 

@@ -9,8 +9,9 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from functools import reduce
+from contextlib import suppress
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
     own, filled = model.state_dict(), []
     for index, layer in enumerate(model.layers):
         names = [f"blocks.{index}.{name}" for name in layer.tensors]
-        if all(name in state and state[name].shape == own[name].shape for name in names):
+        if all(getattr(state.get(name), "shape", None) == own[name].shape for name in names):
             for name in names:
+                if not state[name].isfinite().all():
+                    raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
                 own[name].copy_(state[name])
             filled.append(index)
     if not any(model.layers[index].tensors for index in filled):
@@ -85,14 +88,19 @@ def save_weights(model: Darknet, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a `.pt` checkpoint: tensors, numbers and text only. Raises WeightsError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\3\4"  # what torch.save writes; its older format is not ours
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the weights: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)") from None
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "cfg" not in checkpoint:
-        raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
-    return checkpoint
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
+        checkpoint = None
+    if checkpoint is None:
+        raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)")
+    match checkpoint:
+        case {"cfg": str(), "model": dict()}:
+            return checkpoint
+    raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -110,7 +118,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise WeightsError(f"{path}: cannot write: {error}; the file that was there is unharmed") from None
 
 
@@ -129,12 +138,13 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the weights: {error.strerror}") from None
-    header, start = _read_header(data, path)
-    if (len(data) - start) % 4:
-        raise WeightsError(f"{path}: its {len(data) - start} bytes of values are no multiple of 4 (damaged or cut off)")
-    values = np.frombuffer(data, "<f4", offset=start)
-    sizes = [sum(tensor.numel() for tensor in _tensors(layer)) for layer in model.layers]
-    ends = list(accumulate(sizes))
+    header, offset = _read_header(data, path)
+    if (len(data) - offset) % 4:
+        raise WeightsError(
+            f"{path}: its {len(data) - offset} bytes of values are no multiple of 4 (damaged or cut off)"
+        )
+    values = np.frombuffer(data, "<f4", offset=offset)
+    ends = list(accumulate(sum(tensor.numel() for tensor in _tensors(layer)) for layer in model.layers))
     count = sum(end <= len(values) for end in ends)  # layers that the file reaches the end of
     held = f"the file holds {len(values)} values, {model.cfg.path} takes {ends[-1]}"
     if len(values) > ends[-1]:
@@ -146,12 +156,12 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
         raise WeightsError(
             f"{path}: holds NaN or infinity in layer {sum(end <= bad for end in ends)} (a failed training?)"
         )
+    start = 0
     with torch.no_grad():
-        for layer, end, size in zip(model.layers[:count], ends, sizes, strict=False):
-            piece = torch.from_numpy(values[end - size : end].astype(np.float32))
-            tensors = _tensors(layer)
-            for tensor, part in zip(tensors, piece.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+        for tensor in (tensor for layer in model.layers[:count] for tensor in _tensors(layer)):
+            part = values[start : start + tensor.numel()].astype(np.float32)
+            tensor.copy_(torch.from_numpy(part).view(tensor.shape))
+            start += tensor.numel()
     model.header = header
     return list(range(count))
 
@@ -169,7 +179,7 @@ def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, in
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
-    return [reduce(getattr, name.split("."), layer.module) for name in layer.tensors]
+    return [attrgetter(name)(layer.module) for name in layer.tensors]
 
 
 def _ranges(indices: list[int]) -> str:

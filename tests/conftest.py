@@ -1,20 +1,59 @@
-"""Fixtures that every test may use."""
+"""What several tests need: the real test data, a small drawn dataset, and the scripts as a user calls them."""
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from utils import cli
+from utils.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Outcome(NamedTuple):
+    """What a command left: exit status, standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real weights, datasets and reference outputs; skip the test where there is none.
-
-    DARKSLIM_DATA names it; a relative path counts from the root of the repository.
-    """
-    folder = (ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")).resolve()
+    """Give the folder of real weights, pictures and references, or skip."""
+    folder = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
     if not folder.is_dir():
-        pytest.skip(f"no real test data at {str(folder)!r} (set DARKSLIM_DATA)")
-    return folder
+        pytest.skip(f"no test data at {folder} (set DARKSLIM_DATA)")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw 12 training and 4 test pictures of 96 pixels and give their .data file."""
+    return write_dataset(tmp_path_factory.mktemp("scenes"), train=12, valid=4, size=96, seed=0)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd) -> Callable[..., Outcome]:
+    """Run a script as `command("train", "--cfg", …)` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *args: object) -> Outcome:
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        capfd.readouterr()
+        try:
+            cli.run(script.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return Outcome(status, *capfd.readouterr())
+
+    return call

@@ -58,11 +58,12 @@ def make_parser(doc: str | None) -> Parser:
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, *, data: str = "") -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add --cfg, --weights, --data, --single-cls and --allow-unknown."""
     parser.add_argument("--cfg", default="", help="cfg of the network (default: the one that a .pt carries)")
     parser.add_argument("--weights", default="", help=f".weights or .pt (default: {BEST}, the latest run's)")
     parser.add_argument("--data", default="", help=".data file (default: the one that a .pt names)")
+    parser.add_argument("--single-cls", action="store_true", help="take all classes for one")
     parser.add_argument("--allow-unknown", action="store_true", help="warn of unknown cfg keys instead of refusing")
 
 

@@ -183,6 +183,7 @@ def make_loader(pictures: Pictures, batches: Sampler[list[Key]] | list[list[Key]
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # of its own: starting workers must not move the network's randomness
     )
 
 

@@ -18,7 +18,8 @@ class Recipe:
     momentum: float = 0.937  # of SGD, and beta1 of AdamW
     weight_decay: float = 5e-4  # on convolution weights
     warmup_epochs: float = 3.0
-    nominal_batch: int = 64  # gradients are accumulated up to this many images
+    nominal_batch: int = 64  # gradients are accumulated up to this many images, as long as
+    min_steps: int = 3000  # the training still makes this many optimizer steps
     ema_decay: float = 0.999  # limit of (1 + n) / (10 + n) after n steps
     box_gain: float = 3.2
     objectness_gain: float = 32.0

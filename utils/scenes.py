@@ -3,9 +3,9 @@
 Every class comes in every colour, among clouds, stones, stars, rings, triangles and leaves that belong to no class, so
 a detector has to learn shapes. Boxes are measured on the drawn pixels; a picture depends on (seed, split, index) only.
 
-    python -m utils.scenes --output runs/demo/data --train 400 --valid 80 --size 320 --seed 0
+    python -m utils.scenes --output data/demo --train 400 --valid 80 --size 320 --seed 0
 
-prints the path of the written demo.data; 480 pictures take about 10 seconds on one core.
+prints the path of the written demo.data; 480 pictures take about 12 seconds on one core.
 """
 
 import argparse
@@ -32,18 +32,19 @@ Paint = np.ndarray  # RGB [3], 0..1
 Layers = list[tuple[np.ndarray, Paint]]  # polygons [N, 2] (x right, y down, any unit) and their colours, back to front
 
 
-def lch(lightness: float, chroma: float, hue: float) -> Paint:
-    """Return a CIE LCh colour, clipped to RGB: equal lightness and chroma look equal in every hue."""
-    lab = [lightness, chroma * np.cos(np.deg2rad(hue)), chroma * np.sin(np.deg2rad(hue))]
-    return np.clip(cv2.cvtColor(np.array([[lab]], np.float32), cv2.COLOR_Lab2RGB)[0, 0], 0, 1)
+def rgb(lch: tuple[float, float, float]) -> Paint:
+    """Convert a CIE lightness (0..100), chroma and hue (degrees), by which colours match better than by HSV; clip."""
+    lightness, chroma, hue = lch[0], lch[1], np.deg2rad(lch[2])
+    lab = np.array([[[lightness, chroma * np.cos(hue), chroma * np.sin(hue)]]], np.float32)
+    return np.clip(cv2.cvtColor(lab, cv2.COLOR_Lab2RGB)[0, 0], 0, 1)
 
 
 def mix_paints(generator: Generator) -> dict[str, Paint]:
     """Mix a main colour of any hue, an accent that stands away from it, a light and a dark."""
     hue = generator.uniform(0, 360)
-    main = lch(generator.uniform(42, 70), generator.uniform(38, 68), hue)
-    accent = lch(generator.uniform(60, 84), generator.uniform(32, 60), hue + generator.choice([-70, 45, 140, 180, 215]))
-    return {"main": main, "accent": accent, "light": lch(94, 8, hue + 60), "dark": lch(24, 22, hue + 20)}
+    main = rgb((*generator.uniform((42, 38), (70, 68)), hue))
+    accent = rgb((*generator.uniform((60, 32), (84, 60)), hue + generator.choice([-70, 45, 140, 180, 215])))
+    return {"main": main, "accent": accent, "light": rgb((94, 8, hue + 60)), "dark": rgb((24, 22, hue + 20))}
 
 
 def ribbon(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -74,7 +75,7 @@ def draw_balloon(generator: Generator, *, main: Paint, accent: Paint, light: Pai
     bands = [(row, row + 7, dark), (row + 1, row + 6, light)] * (generator.random() < 0.6) + [(0, 3, dark)]
     layers += [(ribbon(net[upper], net[lower]), paint) for upper, lower, paint in bands]
     basket = blob([(-0.17, 0.72)] * 2 + [(0.17, 0.72)] * 2 + [(0.14, 1), (-0.14, 1)])
-    return [*layers, (basket, lch(45, 30, 60)), (CIRCLE * (0.2, 0.045) + (0, 0.73), lch(68, 30, 70))]
+    return [*layers, (basket, rgb((45, 30, 60))), (CIRCLE * (0.2, 0.045) + (0, 0.73), rgb((68, 30, 70)))]
 
 
 def draw_sailboat(generator: Generator, *, main: Paint, accent: Paint, light: Paint, dark: Paint) -> Layers:
@@ -84,7 +85,7 @@ def draw_sailboat(generator: Generator, *, main: Paint, accent: Paint, light: Pa
     luff = (0.06, top) + down * (0, 0.3 - top)
     leech = luff + (reach * down + 0.14 * np.sin(np.pi * down)) * (1, 0)
     sail, stripe, rows = ((light, main, (4, 12)), (accent, light, (9,)), (main, accent, (12,)))[generator.integers(3)]
-    layers = [(CIRCLE * (0.035, 0.8) + (0, top + 0.7), lch(38, 25, 60)), (ribbon(luff, leech), sail)]
+    layers = [(CIRCLE * (0.035, 0.8) + (0, top + 0.7), rgb((38, 25, 60))), (ribbon(luff, leech), sail)]
     layers += [(ribbon(luff[row : row + 5], leech[row : row + 5]), stripe) for row in rows]
     layers.append((ribbon(luff, leech) * (-fore, 0.88), stripe))
     layers.append((np.array([(0, top - 0.12), (0, top + 0.04), (-0.26, top - 0.05)]), main))
@@ -129,10 +130,7 @@ def draw_butterfly(generator: Generator, *, main: Paint, accent: Paint, light: P
 def draw_distractor(generator: Generator, *, main: Paint, accent: Paint, light: Paint, dark: Paint) -> Layers:
     """Draw a thing of no class in the colours of the classes: a cloud, stone, star, ring, triangle or leaf."""
     return (
-        [
-            (radius * CIRCLE + (x, -0.8 * radius), light)
-            for x, radius in ((-0.7, 0.4), (-0.1, 0.65), (0.6, 0.5), (1, 0.3))
-        ],
+        [(size * CIRCLE + (x, -0.8 * size), light) for x, size in ((-0.7, 0.4), (-0.1, 0.65), (0.6, 0.5), (1, 0.3))],
         [(blob(CIRCLE[::4] * generator.uniform(0.65, 1, (10, 1)) * (1, 0.7)), 0.4 * main + 0.35)],
         [(blob(np.repeat(CIRCLE[::4] * np.tile([[1.0], [0.5]], (5, 1)), 2, axis=0)), accent)],
         [(CIRCLE, main), (0.7 * CIRCLE, light), (0.36 * CIRCLE, accent)],
@@ -165,13 +163,14 @@ def render(layers: Layers, generator: Generator, *, longer: float, light: np.nda
         pixels = pixels[len(points) :]
     patch = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     soft = cv2.GaussianBlur(patch[..., 3], (0, 0), 0.06 * longer)
+    # The blurred outline, moved away from the light: lit and shaded edges, and the shadow.
     cast = np.roll(soft, np.round(-0.06 * longer * light[::-1]).astype(int), axis=(0, 1))
     patch[..., :3] *= np.clip(1 + 2.6 * (soft - cast), 0.6, 1.35)[..., None]
     patch[..., 3] += (1 - patch[..., 3]) * 0.4 * cast
     return patch
 
 
-def fractal(generator: Generator, size: tuple[int, int], rows: int, columns: int) -> np.ndarray:
+def fractal(generator: Generator, size: tuple[int, int], *, rows: int, columns: int) -> np.ndarray:
     """Return smooth noise [H, W] that fills 0..1: five octaves, the coarsest of rows x columns cells."""
     grids = [generator.random(((rows << k) + 1, (columns << k) + 1), dtype=np.float32) for k in range(5)]
     octaves = [cv2.resize(grid, size[::-1], interpolation=cv2.INTER_CUBIC) * 0.5**k for k, grid in enumerate(grids)]
@@ -182,18 +181,18 @@ def paint_background(generator: Generator, size: tuple[int, int]) -> np.ndarray:
     """Paint a cloudy sky, rippled water, layered dunes, foliage or cut-paper strata: RGB float32 [H, W, 3]."""
     height, width = size
     hue, lightness = generator.uniform(0, 360), generator.uniform(45, 82)
-    far = lch(lightness + 14, generator.uniform(10, 36), hue + generator.uniform(-80, 80))
-    near = lch(lightness - 16, generator.uniform(18, 44), hue)
+    far = rgb((lightness + 14, generator.uniform(10, 36), hue + generator.uniform(-80, 80)))
+    near = rgb((lightness - 16, generator.uniform(18, 44), hue))
     y = np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    noise, shadow, kind = fractal(generator, size, 2, 3), np.ones(size, np.float32), generator.integers(5)
+    noise, shadow, kind = fractal(generator, size, rows=2, columns=3), np.ones(size, np.float32), generator.integers(5)
     if kind == 0:
-        share = 1 - y - np.clip(2.5 * fractal(generator, size, 5, 2) - 1.2, 0, 1)
+        share = 1 - y - np.clip(2.5 * fractal(generator, size, rows=5, columns=2) - 1.2, 0, 1)
     elif kind == 1:
         share = 0.15 + 0.7 * y + 0.15 * np.sin(2 * np.pi * (22 * (y + 0.15) ** 0.6 + 3 * noise)) ** 3
     elif kind == 2:
         share = 0.25 * y + 0.1 * noise
         for depth in np.linspace(0.2, 1, 5):
-            above = height * (0.15 + 0.75 * depth - y + 0.2 * fractal(generator, (1, width), 1, 2) - 0.1)
+            above = height * (0.15 + 0.75 * depth - y + 0.2 * fractal(generator, (1, width), rows=1, columns=2) - 0.1)
             hidden = 1 - np.clip(above + 0.5, 0, 1)
             shadow = hidden + (1 - hidden) * shadow * (1 - 0.3 * np.exp(-above.clip(0) / (0.05 * height)))
             share = hidden * (depth + 0.08 * noise) + (1 - hidden) * share
@@ -210,7 +209,7 @@ def paint_background(generator: Generator, size: tuple[int, int]) -> np.ndarray:
     return (far + share[..., None] * (near - far)) * shadow[..., None]
 
 
-def lay(picture: np.ndarray, owner: np.ndarray, patch: np.ndarray, *, left: int, top: int) -> bool:
+def lay(picture: np.ndarray, owner: np.ndarray, *, patch: np.ndarray, left: int, top: int) -> bool:
     """Lay a patch onto the picture and, under a new number, the owner map, in place; refuse (False) a crowded place."""
     window = np.s_[max(top, 0) : top + patch.shape[0], max(left, 0) : left + patch.shape[1]]
     seen = patch[max(-top, 0) : owner.shape[0] - top, max(-left, 0) : owner.shape[1] - left]
@@ -225,7 +224,7 @@ def lay(picture: np.ndarray, owner: np.ndarray, patch: np.ndarray, *, left: int,
 
 
 def draw_scene(generator: Generator, *, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw 1 to 8 objects (none in 3 % of the pictures) and some distractors, scaled to the picture's shorter side.
+    """Draw 1..8 objects (none in 3 % of pictures) and some distractors, all that find room, sized by the shorter side.
 
     Returns the picture, RGB uint8 [H, W, 3], the classes [N], and boxes around what is seen, xyxy_px int [N, 4].
     """
@@ -235,10 +234,11 @@ def draw_scene(generator: Generator, *, size: tuple[int, int]) -> tuple[np.ndarr
     wanted = [*generator.integers(len(CLASSES), size=count), *[-1] * generator.integers(2, 7)]  # -1: a distractor
     for kind in generator.permutation(wanted):
         drawing = (draw_distractor if kind < 0 else SHAPES[CLASSES[kind]])(generator, **mix_paints(generator))
-        longer = min(size) / 320 * 20 * (4.5 if kind < 0 else 7.5) ** generator.random() ** 0.8
+        # At 320 pixels 20..150 (distractors 20..90), small ones more often.
+        longer = min(size) / 16 * (4.5 if kind < 0 else 7.5) ** generator.random() ** 0.8
         patch = render(drawing, generator, longer=longer, light=light)
         places = (generator.random((20, 2)) * size[::-1] - np.array(patch.shape[1::-1]) / 2).astype(int)
-        if any(lay(picture, owner, patch, left=left, top=top) for left, top in places):
+        if any(lay(picture, owner, patch=patch, left=left, top=top) for left, top in places):
             kinds.append(kind)
     found = [cv2.boundingRect((owner == i).astype(np.uint8)) for i, kind in enumerate(kinds, start=1) if kind >= 0]
     boxes = np.array([(x, y, x + w, y + h) for x, y, w, h in found], int).reshape(-1, 4)
@@ -278,7 +278,7 @@ def write_dataset(folder: Path | str, *, train: int, valid: int, size: int, seed
 def main(argv: list[str] | None = None) -> None:
     """Write the dataset, or the sample pictures, and print where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/demo/data"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
     parser.add_argument("--train", type=int, default=400, help="training pictures (default: %(default)s)")
     parser.add_argument("--valid", type=int, default=80, help="validation pictures (default: %(default)s)")
     parser.add_argument("--size", type=int, default=320, help="width and height in pixels (default: %(default)s)")

@@ -22,6 +22,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
 
 
+def batches_per_step(recipe: Recipe, batch_size: int, batches: int) -> int:
+    """Give the batches whose gradients make one step of a training of `batches` in all.
+
+    `nominal_batch` images a step is for large data; a short training needs its steps more than it needs large ones.
+    """
+    return max(1, min(round(recipe.nominal_batch / batch_size), batches // recipe.min_steps))
+
+
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, *, epochs: int, steps: int) -> LambdaLR:
     """Make a schedule by optimizer step: linear warm-up, then a cosine to `final_lr`, over `epochs` of `steps` each."""
     warmup, total = max(1, round(min(recipe.warmup_epochs, epochs / 2) * steps)), max(1, epochs * steps)

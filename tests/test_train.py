@@ -1,0 +1,188 @@
+"""Training as a user runs it: what a run leaves, killing and resuming, and what stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import load_cfg, load_model
+from models.weights import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CFG = ROOT / "tests/fixtures/tiny.cfg"
+
+
+def flags(scenes: Path, *more: object) -> list[object]:
+    basic = ("--cfg", CFG, "--data", scenes, "--epochs", 2, "--batch-size", 4, "--workers", 0, "--device", "cpu")
+    return [*basic, "--precision", "fp32", "--name", "run", *more]
+
+
+def weights_of(file: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(file)["model"]
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_run_leaves_everything_it_promises(command, scenes, tmp_path):
+    outcome = command("train", *flags(scenes))
+    assert outcome.status == 0, outcome.err
+    run = tmp_path / "runs/run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert set(rows[0]["loss"]) == {"loss", "box", "objectness", "class"}
+    assert {"map50", "map50_95", "precision", "recall", "f1", "lr", "seconds"} <= rows[1].keys()
+    for name in ("train.log", "curves.png", "first_batch.jpg", "last.pt", "best.pt", "last.weights", "best.weights"):
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (tmp_path / "weights/last.pt").read_bytes() == (run / "last.pt").read_bytes()
+    checkpoint = load_checkpoint(run / "last.pt")
+    assert checkpoint["names"] == ["balloon", "sailboat", "fish", "butterfly"]
+    assert checkpoint["cfg"] == CFG.read_text()
+    from_darknet = load_model(CFG, run / "last.weights")
+    trained = load_model(CFG, run / "last.pt")
+    assert from_darknet.header == (0, 2, 5, 24)
+    names = [name for name in trained.state_dict() if "num_batches" not in name]
+    assert all(torch.equal(trained.state_dict()[name], from_darknet.state_dict()[name]) for name in names)
+
+
+def test_a_second_run_overwrites_nothing(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    first = (tmp_path / "runs/run/last.pt").read_bytes()
+    outcome = command("train", *flags(scenes, "--epochs", 1, "--seed", 1))
+    assert "runs/run-2" in outcome.out
+    assert (tmp_path / "runs/run/last.pt").read_bytes() == first
+    assert (tmp_path / "weights/last.pt").read_bytes() == (tmp_path / "runs/run-2/last.pt").read_bytes()
+
+
+@pytest.mark.parametrize("more", [(), ("--adam", "--multi-scale", "--workers", 1), ("--rect", "--cache-images")])
+def test_a_killed_training_resumes_bit_for_bit(command, scenes, tmp_path, more):
+    arguments = [str(flag) for flag in flags(scenes, "--epochs", 4, *more)]
+    assert command("train", *arguments, "--name", "whole").status == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments, "--name", "killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = tmp_path / "runs/killed/last.pt"
+    deadline = time.time() + 120
+    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 1 <= load_checkpoint(checkpoint)["epoch"] < 4
+    assert command("train", "--resume", checkpoint).status == 0
+    assert_equal(weights_of(tmp_path / "runs/whole/last.pt"), weights_of(checkpoint))
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_not_resumed(command, scenes):
+    command("train", *flags(scenes, "--epochs", 1))
+    outcome = command("train", "--resume")
+    assert outcome.status == 2
+    assert outcome.err == (
+        "weights/last.pt: its training is finished (start a new one with --weights weights/last.pt)\n"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    good = weights_of(tmp_path / "weights/last.pt")
+    outcome = command("train", *flags(scenes, "--epochs", 3, "--lr", 1e30))
+    assert outcome.status == 2
+    assert "the loss is" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert_equal(good, weights_of(tmp_path / "runs/run/last.pt"))
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "weights/last.pt").values())
+
+
+def test_partial_weights_fill_the_layers_they_hold(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    data = (tmp_path / "runs/run/last.weights").read_bytes()
+    first = 20 + 4 * (4 * 8 + 8 * 3 * 9)  # header and layer 0
+    (tmp_path / "backbone.conv.1").write_bytes(data[:first])
+    outcome = command("train", *flags(scenes, "--epochs", 1, "--weights", tmp_path / "backbone.conv.1"))
+    assert outcome.status == 0, outcome.err
+    assert f"{tmp_path}/backbone.conv.1 fills layers 0 of 13, the others start fresh" in outcome.out
+    (tmp_path / "cut.weights").write_bytes(data[: first + 40])
+    outcome = command("train", *flags(scenes, "--weights", tmp_path / "cut.weights"))
+    assert outcome.status == 2
+    assert "ends inside layer 1" in outcome.err
+
+
+def test_sparse_training_shrinks_gammas(command, scenes, tmp_path):
+    def mean_gamma(*more: object) -> float:
+        command("train", *flags(scenes, "--epochs", 3, "--notest", "--lr", 0.02, *more))
+        folder = sorted((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)[-1]
+        state = weights_of(folder / "last.pt")
+        return float(np.mean([value.abs().mean() for name, value in state.items() if name.endswith("bn.weight")]))
+
+    assert mean_gamma("-sr", "--s", 5) < mean_gamma() - 0.01
+
+
+def test_one_class(command, scenes, tmp_path):
+    cfg = tmp_path / "one.cfg"
+    cfg.write_text(CFG.read_text().replace("classes=4", "classes=1").replace("filters=18", "filters=12"))
+    outcome = command("train", *flags(scenes, "--cfg", cfg, "--single-cls", "--epochs", 1))
+    assert outcome.status == 0, outcome.err
+    assert load_checkpoint(tmp_path / "runs/run/last.pt")["names"] == ["object"]
+
+
+def test_two_datasets_of_one_picture(command, scenes, tmp_path):
+    """One picture to train on, one to test on, and neither has a box."""
+    folder = tmp_path / "empty"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    picture = next((scenes.parent / "images/train").iterdir())
+    (folder / "images/a.jpg").write_bytes(picture.read_bytes())
+    (folder / "labels/a.txt").write_text("")
+    (folder / "a.data").write_text("classes=4\ntrain=images\nvalid=images\nnames=a.names\n")
+    (folder / "a.names").write_text("a\nb\nc\nd\n")
+    outcome = command("train", *flags(folder / "a.data", "--epochs", 2, "--batch-size", 16))
+    assert outcome.status == 0, outcome.err
+    assert json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])["map50"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--cfg", "missing.cfg"], "missing.cfg: cannot read the cfg: No such file or directory\n"),
+        (["--data", "missing.data"], "missing.data: cannot be read: No such file or directory\n"),
+        (["--weights", "missing.weights"], "missing.weights: cannot read the weights: No such file or directory\n"),
+        (["--device", "7"], "--device 7: this machine has"),
+        (["--precision", "fp16"], "--precision fp16: needs a GPU"),
+        (["--img-size", "100"], "--img-size 100: expected a multiple of 16 for this cfg (say 96)\n"),
+        (["--cfg", ROOT / "cfg/yolov3-tiny.cfg"], "the head has classes=80, but"),
+        (["--epoch", "3"], "did you mean --epochs?"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(command, scenes, change, message):
+    outcome = command("train", *flags(scenes, *change))
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_the_cfg_of_a_checkpoint_is_the_one_that_was_trained(command, scenes, tmp_path):
+    cfg = tmp_path / "mine.cfg"
+    cfg.write_text("# my notes\n" + CFG.read_text())
+    command("train", *flags(scenes, "--cfg", cfg, "--epochs", 1))
+    cfg.write_text("[net]\n")
+    outcome = command("test", "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+    assert load_cfg(CFG).sections[1].options.keys()
