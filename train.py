@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_last or not args.nosave:
             seen = (epoch + 1) * len(pictures)
             run.save(averaged, trainer, args, recipe, epoch=epoch + 1, names=names, seen=seen, is_best=is_best)
+        run.draw_curves()
     run.close()
 
 

@@ -64,7 +64,8 @@ class Built:
             if 0 <= index < self.index:
                 found.append(index)
             else:
-                section.fail(f"{key!r} names layer {written}, but layers 0 to {self.index - 1} stand before it", key)
+                before = f"layers 0 to {self.index - 1} stand" if self.index else "no layer stands"
+                section.fail(f"{key!r} names layer {written}, but {before} before it", key)
         return found or [self.index - 1]
 
 
@@ -270,8 +271,11 @@ def yolo(section: Section, built: Built) -> Layer:
     count = section.int("num", 1, minimum=1)
     mask = section.ints("mask", tuple(range(count)))
     if any(not 0 <= chosen < len(pairs) for chosen in mask):
-        section.fail(f"'mask' picks anchors {min(mask)} to {max(mask)}, but 'anchors' has {len(pairs)} pairs", "mask")
-        mask = tuple(chosen for chosen in mask if 0 <= chosen < len(pairs))
+        if pairs:
+            section.fail(
+                f"'mask' picks {min(mask)} to {max(mask)}, but 'anchors' has pairs 0 to {len(pairs) - 1}", "mask"
+            )
+        mask = ()  # so that the channels are not judged by it
     spec = HeadSpec(
         built.index,
         tuple(pairs[chosen] for chosen in mask),

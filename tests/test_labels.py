@@ -59,7 +59,7 @@ def test_data_paths_are_relative_to_the_files_folder(tmp_path: Path, monkeypatch
     write(tmp_path / "sets/train.txt", "a.jpg")
     file = write(
         tmp_path / "sets/one.data",
-        "# a comment\nclasses = 2\ntrain=train.txt # here\nvalid = ../there\nnames=one.names\nmax_det=500\nbackup = b/\n",
+        "# comment\nclasses = 2\ntrain=train.txt # here\nvalid = ../there\nnames=one.names\nmax_det=500\nbackup = b/\n",
     )
     monkeypatch.chdir(tmp_path)
     data = load_data(file)
@@ -295,9 +295,9 @@ def test_boxes_that_stand_twice_count_once(tmp_path: Path, caplog: pytest.LogCap
     assert f"{source}: 2 boxes stand twice in their label file and count once" in caplog.messages
 
 
-@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "six"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_the_size_is_that_of_the_upright_picture(tmp_path: Path, suffix: str, orientation: int | str) -> None:
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = draw(tmp_path / f"a.{suffix}", (40, 60))
@@ -379,7 +379,7 @@ def test_files_that_come_and_go(cached: Path) -> None:
     write(folder / "labels/c.txt", f"{GOOD}\n1 .3 .3 .1 .1\n1 .6 .3 .1 .1")
     assert counts(cached) == {"a": 0, "b": 2, "c": 3, "d": 0}
     (folder / "images/d.jpg").unlink()
-    assert mistakes(cached) == [f"{folder}/images/d.jpg: no such image", f"{folder}/labels/d.txt: is gone"][:1]
+    assert mistakes(cached) == [f"{folder}/images/d.jpg: no such image"]
 
 
 def test_a_changed_label_of_the_same_length_is_read_anew(tmp_path: Path) -> None:

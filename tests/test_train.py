@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,6 +109,28 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(command, scene
     assert "Traceback" not in outcome.err
     assert_equal(good, weights_of(tmp_path / "runs/run/last.pt"))
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "weights/last.pt").values())
+
+
+def test_a_full_disk_stops_with_one_line_and_harms_nothing(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    good = (tmp_path / "weights/last.pt").read_bytes()
+    limit = len(good) * 3 // 2  # bytes a file may have: too few for a last.pt that carries the trainer's state
+    outcome = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, flags(scenes, "--name", "full"))],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        check=False,
+    )
+    assert outcome.returncode == 2
+    last_line = outcome.stderr.splitlines()[-1]
+    assert last_line.startswith("runs/full/last.pt: cannot write:")
+    assert last_line.endswith("the file that was there is unharmed")
+    assert "Traceback" not in outcome.stderr
+    assert (tmp_path / "weights/last.pt").read_bytes() == good
+    assert not list((tmp_path / "runs/full").glob("*.partial"))
 
 
 def test_partial_weights_fill_the_layers_they_hold(command, scenes, tmp_path):

@@ -55,7 +55,7 @@ def mosaic(samples: Sequence[Sample], size: tuple[int, int], generator: np.rando
     H, W = size
     cy, cx = (int(side * generator.uniform(0.5, 1.5)) for side in size)
     canvas = np.full((2 * H, 2 * W, 3), GREY, np.uint8)
-    classes, boxes = [], []
+    classes, boxes, areas = [], [], []
     for corner, (picture, labels, xyxy_px) in enumerate(samples):
         h, w = picture.shape[:2]
         top = cy - h if corner < 2 else cy
@@ -64,7 +64,8 @@ def mosaic(samples: Sequence[Sample], size: tuple[int, int], generator: np.rando
         canvas[y1:y2, x1:x2] = picture[y1 - top : y2 - top, x1 - left : x2 - left]
         classes.append(labels)
         boxes.append(xyxy_px + np.float32([left, top, left, top]))
-    return canvas, np.concatenate(classes), np.concatenate(boxes)
+        areas.append((xyxy_px[:, 2:] - xyxy_px[:, :2]).prod(1))
+    return canvas, *clip_boxes(np.concatenate(classes), np.concatenate(boxes), canvas.shape[:2], np.concatenate(areas))
 
 
 def random_affine(sample: Sample, size: tuple[int, int], recipe: Recipe, generator: np.random.Generator) -> Sample:
@@ -88,7 +89,7 @@ def random_affine(sample: Sample, size: tuple[int, int], recipe: Recipe, generat
 
 
 def clip_boxes(
-    classes: np.ndarray, boxes: np.ndarray, size: tuple[int, int], area: np.ndarray
+    classes: np.ndarray, boxes: np.ndarray, size: tuple[int, ...], area: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clip boxes to `size` and drop those of which too little is left of `area` [N]."""
     clipped = boxes.clip(0, np.float32([size[1], size[0], size[1], size[0]]))

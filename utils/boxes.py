@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, nms
 
 MAX_CANDIDATES = 30000  # boxes that enter NMS, the best by score: more are noise and cost quadratic time
+FAR = 1e6  # px, farther than any picture reaches
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def non_maximum_suppression(
     corners = box_convert(boxes[rows], "cxcywh", "xyxy")
     finite = corners.isfinite().all(1)  # an untrained head may put out infinite sizes
     corners, values, labels = corners[finite], values[finite], labels[finite]
-    keep = nms(corners, values, iou_thres) if is_agnostic else batched_nms(corners, values, labels, iou_thres)
+    # batched_nms moves classes apart by offsets, which is exact only for positive coordinates in float64
+    moved, ranks = corners.double().clamp(-FAR, FAR) + FAR, values.double()
+    keep = nms(moved, ranks, iou_thres) if is_agnostic else batched_nms(moved, ranks, labels, iou_thres)
     keep = keep[:max_det]
     return torch.cat((corners[keep], values[keep, None], labels[keep, None].to(corners.dtype)), dim=1)  # [M, 6]

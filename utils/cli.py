@@ -48,7 +48,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        sys.exit(_complain(f"{error.filename or 'input or output'}: {error.strerror}"))
+        sys.exit(_complain(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -168,9 +168,9 @@ def evaluation_batches(
 def rectangle(shapes: np.ndarray, size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Give the smallest network size within `size` that holds pictures of `shapes` (height / width) unshrunk."""
     tallest, widest = shapes.max(), shapes.min()
-    height = min(size[0], int(np.ceil(size[1] * tallest / stride)) * stride)
-    width = min(size[1], int(np.ceil(size[0] / widest / stride)) * stride)
-    return height, width
+    cells = np.array([size[1] * tallest, size[0] / widest]) / stride
+    height, width = np.ceil(cells - 1e-6).astype(int) * stride  # 1e-6: 13 cells and a rounding error are 13
+    return min(size[0], int(height)), min(size[1], int(width))
 
 
 def make_loader(pictures: Pictures, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int) -> DataLoader[Item]:

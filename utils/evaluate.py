@@ -164,8 +164,9 @@ def judge(
         truth = COCO()
         truth.dataset = _coco_truth(labelled, names)
         truth.createIndex()
-        judged = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
-        judged.params.maxDets = [1, 10, max_det]
+        detections = [dict(result) for result in results]  # loadRes writes into what it is given
+        judged = COCOeval(truth, truth.loadRes(detections) if results else COCO(), "bbox")
+        judged.params.maxDets = [max_det]  # pycocotools sorts these and takes the last
         judged.params.imgIds = list(range(len(labelled.paths)))
         judged.params.catIds = list(range(len(names)))
         judged.evaluate()

@@ -5,9 +5,11 @@ the image; it holds one `class x y w h` a line, in fractions of the image. What 
 the list and looked at again only where a file has changed.
 """
 
+import contextlib
 import glob
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -63,7 +65,7 @@ def load_data(path: str | Path) -> DataSpec:
     mistakes += [
         f"{path}: {key!r} expects a number of at least 1, gets {found[key]!r}"
         for key in ("classes", "max_det")
-        if not found.get(key, "1").isdigit() or int(found.get(key, "1")) < 1
+        if not found.get(key, "1").isdecimal() or int(found.get(key, "1")) < 1
     ]
     if "names" not in found:
         mistakes.append(f"{path}: has no names= (a file with one class name a line)")
@@ -167,8 +169,8 @@ def _check_image(path: str) -> tuple[tuple[int, int], list[str]]:
     try:
         with Image.open(path) as image:
             w, h = image.size
-            is_turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-            image.draft("L", (w // 8, h // 8))  # a JPEG is read in full, but decoded at an eighth of its size
+            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+            image.draft("L", (max(1, w // 8), max(1, h // 8)))  # a JPEG is read in full, but decoded at an eighth
             image.load()
             return ((w, h) if is_turned else (h, w)), []
     except FileNotFoundError:
@@ -182,7 +184,11 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     if not path.is_file():
         return np.zeros((0, 5), np.float32), []
     rows, mistakes = [], []
-    for number, line in enumerate(_read_lines(path), start=1):
+    try:
+        lines = _read_lines(path)
+    except DataError as error:
+        return np.zeros((0, 5), np.float32), [str(error)]
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         row, problem = _check_line(line.split(), classes)
@@ -238,7 +244,7 @@ def _stamp(path: str | Path) -> tuple[int, int]:
 
 def _read_cache(file: Path) -> dict[str, tuple[np.ndarray, tuple[int, int], np.ndarray]]:
     try:
-        with np.load(file, allow_pickle=False) as cache:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as cache:
             ends = np.cumsum(cache["counts"])
             labels = np.split(cache["labels"], ends[:-1])
             sizes = [(int(h), int(w)) for h, w in cache["sizes"]]
@@ -246,8 +252,8 @@ def _read_cache(file: Path) -> dict[str, tuple[np.ndarray, tuple[int, int], np.n
                 str(p): (stamp, size, rows)
                 for p, stamp, size, rows in zip(cache["paths"], cache["stamps"], sizes, labels, strict=True)
             }
-    except (OSError, ValueError, KeyError, EOFError):
-        return {}  # there is none, or it was cut off: everything is checked anew
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
+        return {}  # there is none, or it is broken: everything is checked anew
 
 
 def _write_cache(file: Path, labelled: Labelled, stamps: list[np.ndarray]) -> None:
@@ -263,5 +269,6 @@ def _write_cache(file: Path, labelled: Labelled, stamps: list[np.ndarray]) -> No
         )
         partial.replace(file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses this too
+            partial.unlink()
         log.info("%s: no label cache written: %s", file, error.strerror)

@@ -58,7 +58,7 @@ def assign(
     """Match targets [N, 6] with the cells and anchors of one head of `shape` (H, W).
 
     An anchor takes a box whose width and height differ from its own by less than `anchor_ratio`; the cell of the centre
-    answers, and the nearer neighbours too.
+    answers, and the nearer neighbours too where their decode reaches so far.
     """
     H, W = shape
     anchors = targets.new_tensor(spec.anchors)  # [A, 2] wh_px
@@ -77,7 +77,9 @@ def assign(
     )  # [3, M, 2]
     cells = cell + offsets
     inside = ((cells >= 0) & (cells < torch.tensor([W, H], device=xy.device))).all(2)  # [3, M]
-    inside[1:] &= recipe.neighbours > distance.T
+    reach = (spec.scale_x_y - 1) / 2  # how far beyond its cell a decoded centre can lie
+    is_reached = distance < min(recipe.neighbours, reach)  # [M, 2]
+    inside[1:] &= is_reached.T
     _, match = inside.nonzero(as_tuple=True)
     column, row = cells[inside].unbind(1)
     boxes = torch.cat((xy, wh_px[target]), dim=1)[match]
@@ -93,6 +95,7 @@ def _box_loss(
     cell_px = chosen.new_tensor([size[1] / shape[1], size[0] / shape[0]])
     anchors = chosen.new_tensor(spec.anchors)[anchor]
     xy, wh = to_xywh(chosen[:, :4].clamp(max=10), torch.stack((column, row), 1), anchors, spec)  # e^10: overflow guard
+    wh = wh.clamp_min(0.01)  # px: a side of 0 has no aspect ratio, and its loss would be NaN
     predicted = box_convert(torch.cat((xy * cell_px, wh), 1), "cxcywh", "xyxy")
     truth = box_convert(torch.cat((matches.boxes[:, :2] * cell_px, matches.boxes[:, 2:]), 1), "cxcywh", "xyxy")
     return complete_box_iou_loss(predicted, truth)

@@ -67,10 +67,11 @@ def draw_curves(metrics_file: Path, path: Path) -> None:
     for key, title in (("map50", "mAP@.5"), ("map50_95", "mAP@.5:.95"), ("f1", "F1")):
         values = [row[key] for row in tested]
         label = f"{title} (last {values[-1]:.3f})" if values else title
-        map_axes.plot([row["epoch"] for row in tested], values, label=label)
+        map_axes.plot([row["epoch"] for row in tested], values, marker=".", label=label)
     lr_axes.plot(epochs, [row["lr"] for row in rows], label="at the end of the epoch")
     for axes, title in ((loss_axes, "training loss"), (map_axes, "validation"), (lr_axes, "learning rate")):
         axes.set(title=title, xlabel="epoch")
+        axes.set_xlim(0, epochs[-1] + 1)
         axes.grid(alpha=0.3)
         axes.legend()
     map_axes.set_ylim(0, 1)

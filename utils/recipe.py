@@ -25,7 +25,7 @@ class Recipe:
     objectness_gain: float = 32.0
     class_gain: float = 2.0
     anchor_ratio: float = 4.0  # an anchor takes a box whose sides differ from its own by less than this factor
-    neighbours: float = 0.5  # cells beside the centre's answer too, as far as this from their border (0: none)
+    neighbours: float = 0.5  # cells answer for centres this far (in cells) outside, at most as far as decode reaches
     label_smoothing: float = 0.0
     mosaic: float = 1.0  # probability
     close_mosaic: float = 0.15  # last fraction of the epochs, which see whole images

@@ -48,7 +48,6 @@ class Run:
             for tag, number in (parts or {name: value}).items():
                 self.events.add_scalar(tag, number, row["epoch"])
         self.events.flush()
-        draw_curves(self.metrics_file, self.folder / "curves.png")
         is_best = row.get("map50_95", -2.0) > self.best
         self.best = max(self.best, row.get("map50_95", -1.0))
         return is_best
@@ -87,6 +86,10 @@ class Run:
             self._write("best", averaged, checkpoint)
         is_last = epoch == args.epochs
         self._write("last", averaged, checkpoint if is_last else checkpoint | {"trainer": trainer.state()})
+
+    def draw_curves(self) -> None:
+        """Draw loss, mAP and learning rate up to now into curves.png."""
+        draw_curves(self.metrics_file, self.folder / "curves.png")
 
     def close(self) -> None:
         """Finish the event file."""
