@@ -26,7 +26,8 @@ from utils.datasets import Pictures, TrainingBatches, collate, make_loader
 from utils.device import autocast_type, seed_everything, select_device
 from utils.engine import StepLoss, make_trainer, train_one_epoch
 from utils.evaluate import Settings, evaluate
-from utils.labels import Labelled, check_labels, load_data, merge_classes
+from utils.labels import Labelled, check_labels, merge_classes
+from utils.lists import load_data
 from utils.log import DataError, log
 from utils.loss import detection_loss
 from utils.plots import draw_batch

@@ -22,7 +22,8 @@ from models import Darknet, load_cfg
 from utils.datasets import Pictures, TrainingBatches, make_loader, to_input
 from utils.device import seed_everything
 from utils.engine import make_trainer
-from utils.labels import check_labels, load_data
+from utils.labels import check_labels
+from utils.lists import load_data
 from utils.log import start_logging
 from utils.loss import detection_loss
 from utils.recipe import Recipe

@@ -81,6 +81,7 @@ class Section:
     lines: list[str] = field(default_factory=list, repr=False)
     options: dict[str, Option] = field(default_factory=dict)
     known: set[str] = field(default_factory=set, repr=False)
+    unsure: set[str] = field(default_factory=set, repr=False)  # keys whose number could not be read
 
     def fail(self, message: str, key: str = "") -> None:
         """Note a mistake at the line of `key`, or of the section itself."""
@@ -146,16 +147,19 @@ class Section:
         if option is None:
             if default is None:
                 self.fail(f"expects {key!r}, which is missing (add a line {key}=)")
+                self.unsure.add(key)
             return fallback if default is None else default
         try:
             return convert(option.value)
         except ValueError:
             self.fail(f"{key!r} expects {kind}, gets {option.value!r}", key)
+            self.unsure.add(key)
             return fallback if default is None else default
 
     def _bounded(self, key: str, value: Number, minimum: Number, maximum: Number) -> Number:
         bounded = min(max(value, minimum), maximum)
         if bounded != value:
+            self.unsure.add(key)
             self.fail(f"{key!r} expects at {'least' if value < minimum else 'most'} {bounded}, gets {value}", key)
         return bounded
 

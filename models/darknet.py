@@ -136,9 +136,15 @@ def _build(cfg: Cfg, *, allow_unknown: bool) -> list[Layer]:
         if builder is None:
             section.fail(f"is no section (expected {suggest(section.name, SECTIONS)})")
             section.known.update(section.options)
-            built.layers.append(replace(built.previous, inputs=(built.index - 1,), head=None))
+            layer = replace(built.previous, inputs=(built.index - 1,), head=None)
         else:
-            built.layers.append(builder(section, built))
+            layer = builder(section, built)
+        guesses = {guess for index in layer.inputs for guess in built.at(index).guesses}
+        if layer.is_fresh:
+            guesses.discard("channels")
+        if builder is None or section.unsure:
+            guesses |= {"channels", "size"}
+        built.layers.append(replace(layer, guesses=frozenset(guesses)))
     if not any(layer.head for layer in built.layers):
         cfg.fail(cfg.sections[-1].line, "the cfg has no head (end it with a [yolo] section)")
     cfg.check_unread(TRAINER_KEYS, allow_unknown=allow_unknown)

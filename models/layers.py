@@ -4,7 +4,7 @@ A builder reads its section's keys and returns a Layer; a mistake is noted in th
 the nearest thing that can be built, so that one report tells all mistakes of a file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,8 @@ class Layer:
     tensors: tuple[str, ...] = ()
     flops: int = 0
     head: HeadSpec | None = None
+    is_fresh: bool = False  # its channels do not depend on those of its inputs
+    guesses: frozenset[str] = frozenset()  # "channels", "size": what a mistake before makes uncertain
 
 
 @dataclass
@@ -55,6 +57,16 @@ class Built:
     def at(self, index: int) -> Layer:
         """Give the layer of an absolute index; -1 is the image."""
         return self.layers[index] if index >= 0 else self.image
+
+    def mismatch(
+        self, section: Section, sources: Sequence[Layer], kind: str, message: str, key: str = "", *, keys: str = ""
+    ) -> None:
+        """Note that the "channels" or "size" of sources do not fit.
+
+        It is no mistake of its own where an earlier one makes them uncertain, or one of the `keys` that were read.
+        """
+        if section.unsure.isdisjoint(keys.split()) and not any(kind in source.guesses for source in sources):
+            section.fail(message, key)
 
     def resolve(self, section: Section, key: str) -> list[int]:
         """Read layer indices, negative ones relative to this layer, and make them absolute."""
@@ -153,11 +165,12 @@ def convolutional(section: Section, built: Built) -> Layer:
     padding = kernel // 2 if section.flag("pad") else padding
     groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group")
     if source.channels % groups or filters % groups:
-        section.fail(f"expects groups={groups} to divide its {source.channels} inputs and {filters} filters", "groups")
+        message = f"expects groups={groups} to divide its {source.channels} inputs and {filters} filters"
+        built.mismatch(section, [source], "channels", message, "groups", keys="filters groups group")
         groups = 1
     has_bn = section.flag("batch_normalize")
     activation = ACTIVATIONS[section.choice("activation", ACTIVATIONS, "logistic")]()
-    size = _window(section, source, kernel, stride, 2 * padding)
+    size = _window(section, built, kernel, stride, 2 * padding)
     conv = nn.Conv2d(source.channels, filters, kernel, stride, padding, groups=groups, bias=not has_bn)
     bn = nn.BatchNorm2d(filters, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
     names = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var") if has_bn else ("conv.bias",)
@@ -170,6 +183,7 @@ def convolutional(section: Section, built: Built) -> Layer:
         (source.stride[0] * stride[0], source.stride[1] * stride[1]),
         (*names, "conv.weight"),
         2 * filters * (source.channels // groups) * kernel * kernel * size[0] * size[1],
+        is_fresh=True,
     )
 
 
@@ -178,7 +192,7 @@ def maxpool(section: Section, built: Built) -> Layer:
     source, stride = built.previous, _strides(section)
     kernel = section.int("size", stride[0], minimum=1, maximum=MAX_KERNEL)
     padding = section.int("padding", kernel - 1, minimum=0, maximum=2 * kernel - 2)
-    size = _window(section, source, kernel, stride, padding)
+    size = _window(section, built, kernel, stride, padding)
     return Layer(
         MaxPool(kernel, stride, padding),
         (built.index - 1,),
@@ -217,13 +231,11 @@ def route(section: Section, built: Built) -> Layer:
     group = section.int("group_id", 0, minimum=0, maximum=groups - 1)
     for index, source in zip(indices, sources, strict=True):
         if source.size != sources[0].size:
-            section.fail(
-                f"expects maps of one size, gets {_shape(sources[0])} from layer {indices[0]}"
-                f" and {_shape(source)} from layer {index}",
-                "layers",
-            )
+            sizes = f"{_shape(sources[0])} from layer {indices[0]} and {_shape(source)} from layer {index}"
+            built.mismatch(section, sources, "size", f"expects maps of one size, gets {sizes}", "layers")
         if source.channels % groups:
-            section.fail(f"expects groups={groups} to divide the {source.channels} channels of layer {index}", "groups")
+            message = f"expects groups={groups} to divide the {source.channels} channels of layer {index}"
+            built.mismatch(section, sources, "channels", message, "groups", keys="groups")
     channels = max(1, sum(source.channels // groups for source in sources))
     return Layer(Route(groups, group), tuple(indices), channels, sources[0].size, sources[0].stride)
 
@@ -233,11 +245,10 @@ def shortcut(section: Section, built: Built) -> Layer:
     source, indices = built.previous, built.resolve(section, "from")
     activation = ACTIVATIONS[section.choice("activation", ACTIVATIONS, "linear")]()
     for index in indices:
-        if built.at(index).size != source.size:
-            section.fail(
-                f"expects maps of one size, gets {_shape(source)} and {_shape(built.at(index))} from layer {index}",
-                "from",
-            )
+        other = built.at(index)
+        if other.size != source.size:
+            message = f"expects maps of one size, gets {_shape(source)} and {_shape(other)} from layer {index}"
+            built.mismatch(section, [source, other], "size", message, "from")
     inputs = (built.index - 1, *indices)
     return Layer(Shortcut(activation), inputs, source.channels, source.size, source.stride)
 
@@ -250,10 +261,9 @@ def scale_channels(section: Section, built: Built) -> Layer:
     activation = ACTIVATIONS[section.choice("activation", ACTIVATIONS, "linear")]()
     wanted = (1, source.size) if is_spatial else (source.channels, (1, 1))
     if (gate.channels, gate.size) != wanted:
-        section.fail(
-            f"expects a gate of {wanted[0]} channels at {wanted[1][0]}×{wanted[1][1]} for layer {index},"
-            f" gets {gate.channels} at {_shape(gate)}"
-        )
+        message = f"expects a gate of {wanted[0]} channels at {wanted[1][0]}×{wanted[1][1]} for layer {index}"
+        kind = "channels" if gate.channels != wanted[0] else "size"
+        built.mismatch(section, [gate, source], kind, f"{message}, gets {gate.channels} at {_shape(gate)}")
     return Layer(ScaleChannels(activation), (built.index - 1, index), source.channels, source.size, source.stride)
 
 
@@ -306,14 +316,10 @@ def _head(section: Section, built: Built, spec: HeadSpec) -> Layer:
     source, count = built.previous, len(spec.anchors)
     wanted = count * (5 + spec.classes)
     if count and source.channels != wanted:
-        fix = (
-            f"set filters={wanted} at line {built.filters_line}"
-            if built.filters_line
-            else "put a convolution before it"
-        )
-        section.fail(
-            f"expects {wanted} channels ({count} anchors, classes={spec.classes}), gets {source.channels} ({fix})"
-        )
+        line = built.filters_line
+        fix = f"set filters={wanted} at line {line}" if line else "put a convolution before it"
+        message = f"expects {wanted} channels ({count} anchors, classes={spec.classes}), gets {source.channels} ({fix})"
+        built.mismatch(section, [source], "channels", message, keys="classes num mask anchors")
     return Layer(nn.Identity(), (built.index - 1,), source.channels, source.size, source.stride, head=spec)
 
 
@@ -333,12 +339,14 @@ def _strides(section: Section) -> tuple[int, int]:
     )
 
 
-def _window(section: Section, source: Layer, kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:
-    """Give the output size of a sliding window; `padding` counts both sides."""
+def _window(section: Section, built: Built, kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:
+    """Give the output size of a sliding window over the previous layer; `padding` counts both sides."""
+    source = built.previous
     height = (source.size[0] + padding - kernel) // stride[0] + 1
     width = (source.size[1] + padding - kernel) // stride[1] + 1
     if height < 1 or width < 1:
-        section.fail(f"has a window of {kernel}, but its input is only {_shape(source)} (padding {padding})", "size")
+        message = f"has a window of {kernel}, but its input is only {_shape(source)} (padding {padding})"
+        built.mismatch(section, [source], "size", message, "size", keys="size padding pad")
     return max(1, height), max(1, width)
 
 

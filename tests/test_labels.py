@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.labels import REPORTED, check_labels, label_path, list_images, load_data, load_names, merge_classes
+from utils.labels import REPORTED, check_labels, merge_classes
+from utils.lists import label_path, list_images, load_data, load_names
 from utils.log import DataError
 
 GOOD = "0 .5 .5 .2 .4"

@@ -13,7 +13,7 @@ from models import CfgError, Darknet, WeightsError, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
 from .device import PRECISIONS
-from .labels import DataSpec, load_data, load_names
+from .lists import DataSpec, load_data, load_names
 from .log import DataError, log, start_logging
 
 BEST = "weights/best.pt"

@@ -6,7 +6,6 @@ the list and looked at again only where a file has changed.
 """
 
 import contextlib
-import glob
 import math
 import os
 import zipfile
@@ -19,23 +18,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .lists import label_path, list_images, read_lines
 from .log import DataError, log
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 REPORTED = 100  # mistakes told in full
-DATA_KEYS = {"classes", "train", "valid", "names", "max_det"}
-DARKNET_DATA_KEYS = {"backup", "eval", "results", "top", "labels", "difficult", "test"}
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """A `.data` file: class names, where the train and valid images are, and detections counted per image."""
-
-    path: str
-    names: tuple[str, ...]
-    train: Path | None
-    valid: Path | None
-    max_det: int = 100
 
 
 @dataclass(frozen=True)
@@ -45,73 +31,6 @@ class Labelled:
     paths: list[str]
     sizes: np.ndarray
     labels: list[np.ndarray]
-
-
-def load_data(path: str | Path) -> DataSpec:
-    """Read a `.data` file; its paths are relative to its own folder. Raises DataError."""
-    found: dict[str, str] = {}
-    mistakes = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or not value:
-            mistakes.append(f"{path}:{number}: expected key=value, gets {line!r}")
-        elif key in DATA_KEYS:
-            found.setdefault(key, value)
-        elif key not in DARKNET_DATA_KEYS:
-            mistakes.append(f"{path}:{number}: does not know {key!r} (expected one of {', '.join(sorted(DATA_KEYS))})")
-    mistakes += [
-        f"{path}: {key!r} expects a number of at least 1, gets {found[key]!r}"
-        for key in ("classes", "max_det")
-        if not found.get(key, "1").isdecimal() or int(found.get(key, "1")) < 1
-    ]
-    if "names" not in found:
-        mistakes.append(f"{path}: has no names= (a file with one class name a line)")
-    if mistakes:
-        raise DataError("\n".join(mistakes))
-    names = load_names(_relative(found["names"], path))
-    if int(found.get("classes", len(names))) != len(names):
-        raise DataError(f"{path}: classes={found['classes']}, but {found['names']} has {len(names)} names")
-    train, valid = (_relative(found[key], path) if key in found else None for key in ("train", "valid"))
-    return DataSpec(str(path), names, train, valid, int(found.get("max_det", 100)))
-
-
-def load_names(path: str | Path) -> tuple[str, ...]:
-    """Read class names, one a line. Raises DataError."""
-    names = tuple(line.strip() for line in _read_lines(path) if line.strip())
-    if not names:
-        raise DataError(f"{path}: has no class names (one a line)")
-    return names
-
-
-def list_images(source: str | Path) -> list[str]:
-    """Give the images of a list file (.txt), a folder, a glob pattern or a single file. Raises DataError."""
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    elif path.is_file() and path.suffix == ".txt":
-        found = [str(_relative(line.strip(), path)) for line in _read_lines(path) if line.strip()]
-    elif path.is_file():
-        found = [str(path)]
-    else:
-        found = sorted(p for p in glob.glob(str(source)) if Path(p).suffix.lower() in IMAGE_SUFFIXES)
-        if not found and not glob.has_magic(str(source)):
-            raise DataError(f"{source}: no such file or folder")
-    if not found:
-        raise DataError(f"{source}: names no image (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
-
-
-def label_path(image: str) -> Path:
-    """Give the label file of an image."""
-    parts = list(Path(image).parts)
-    for place in range(len(parts) - 2, -1, -1):
-        if parts[place] in ("images", "JPEGImages"):
-            parts[place] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
 
 
 def check_labels(source: str | Path, classes: int) -> Labelled:
@@ -185,7 +104,7 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
         return np.zeros((0, 5), np.float32), []
     rows, mistakes = [], []
     try:
-        lines = _read_lines(path)
+        lines = read_lines(path)
     except DataError as error:
         return np.zeros((0, 5), np.float32), [str(error)]
     for number, line in enumerate(lines, start=1):
@@ -216,21 +135,6 @@ def _check_line(words: Sequence[str], classes: int) -> tuple[list[float], str]:
     if not (0 <= x <= 1 and 0 <= y <= 1 and w <= 1.01 and h <= 1.01):
         return [], f"expected fractions of the image from 0 to 1, gets {' '.join(words[1:])} (pixels?)"
     return row, ""
-
-
-def _read_lines(path: str | Path) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not a text file") from None
-
-
-def _relative(written: str, file: str | Path) -> Path:
-    """Resolve a path written in `file`: relative to its folder, or where that is not there to the working directory."""
-    beside = Path(file).parent / written
-    return Path(written) if not beside.exists() and Path(written).exists() else beside
 
 
 def _stamp(path: str | Path) -> tuple[int, int]:

@@ -41,8 +41,8 @@ def detection_loss(
             iou_loss = _box_loss(chosen, matches, spec, size, t.shape[2:4])  # [M]
             box = box + iou_loss.mean()
             quality = (1 - iou_loss.detach()).clamp(0, 1)
-            order = quality.argsort()  # where two boxes claim a cell, the better one is written last
-            goal[tuple(place[order] for place in matches.places)] = quality[order]
+            cells = torch.arange(goal.numel(), device=goal.device).view(goal.shape)[matches.places]  # [M]
+            goal.view(-1).scatter_reduce_(0, cells, quality, "amax")  # where boxes claim one cell, the better counts
             if spec.classes > 1:
                 classes = classes + _class_loss(chosen[:, 5:], matches.classes, spec, recipe.label_smoothing)
         objectness = objectness + _balance(spec) * _binary(t[..., 4], goal, spec)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from .datasets import read_picture
-from .labels import IMAGE_SUFFIXES
+from .lists import IMAGE_SUFFIXES
 from .log import DataError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
