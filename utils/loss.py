@@ -35,7 +35,7 @@ def detection_loss(
     for raw, spec in zip(raws, heads, strict=True):
         t = split(raw.float(), spec)  # [B, A, H, W, 5+C]
         matches = assign(targets, t.shape[2:4], spec, size, recipe)
-        goal = torch.zeros_like(t[..., 4])  # [B, A, H, W]
+        goal = t.new_zeros(t.shape[:4])  # [B, A, H, W]
         if len(matches.boxes):
             chosen = t[matches.places]  # [M, 5+C]
             iou_loss = _box_loss(chosen, matches, spec, size, t.shape[2:4])  # [M]
