@@ -43,24 +43,16 @@ class Darknet(nn.Module):
     def __init__(self, cfg: Cfg, *, allow_unknown: bool = False) -> None:
         super().__init__()
         self.cfg = copy.deepcopy(cfg)  # building marks what it reads
-        self.layers = _build(self.cfg, allow_unknown=allow_unknown)
+        built = _build(self.cfg, allow_unknown=allow_unknown)
+        self.layers = built.layers
+        self.size, self.channels = built.image.size, built.image.channels  # (height, width) as [net] asks for
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)
         self.heads: list[HeadSpec] = [layer.head for layer in self.layers if layer.head]
         self.header = (0, 2, 5, 0)  # of its .weights file: major, minor, revision, images seen
         self.is_fused = False
-        last_use = {index: reader for reader, layer in enumerate(self.layers) for index in layer.inputs}
+        last_use = {index: index for index, layer in enumerate(self.layers) if not layer.head}  # what nobody reads
+        last_use |= {index: reader for reader, layer in enumerate(self.layers) for index in layer.inputs}
         self._done = [[i for i, last in last_use.items() if last == reader] for reader in range(len(self.layers))]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) that the cfg's [net] asks for."""
-        net = self.cfg.sections[0]
-        return net.int("height", 416), net.int("width", 416)
-
-    @property
-    def channels(self) -> int:
-        """Image channels that the cfg's [net] asks for."""
-        return self.cfg.sections[0].int("channels", 3)
 
     @property
     def stride(self) -> int:
@@ -124,7 +116,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _build(cfg: Cfg, *, allow_unknown: bool) -> list[Layer]:
+def _build(cfg: Cfg, *, allow_unknown: bool) -> Built:
     if not cfg.sections or cfg.sections[0].name not in ("net", "network"):
         cfg.raise_mistakes()
     net = cfg.sections[0]
@@ -149,4 +141,4 @@ def _build(cfg: Cfg, *, allow_unknown: bool) -> list[Layer]:
         cfg.fail(cfg.sections[-1].line, "the cfg has no head (end it with a [yolo] section)")
     cfg.check_unread(TRAINER_KEYS, allow_unknown=allow_unknown)
     cfg.raise_mistakes()
-    return built.layers
+    return built
