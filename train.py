@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
     model = model.to(device=device, memory_format=torch.channels_last)
 
-    run = Run(Path(resumed["folder"]) if resumed else new_folder(args.name or Path(args.cfg).stem), resumed)
+    folder = Path(resumed["folder"]) if resumed else new_folder(args.name or Path(args.cfg).stem)
+    run = Run(folder, resumed, args=args, recipe=recipe, names=names)
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
         if is_last or not args.nosave:
             seen = (epoch + 1) * len(pictures)
-            run.save(averaged, trainer, args, recipe, epoch=epoch + 1, names=names, seen=seen, is_best=is_best)
+            run.save(averaged, None if is_last else trainer, epoch=epoch + 1, seen=seen, is_best=is_best)
         run.draw_curves()
     run.close()
 

@@ -42,7 +42,16 @@ def test_a_run_leaves_everything_it_promises(command, scenes, tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert set(rows[0]["loss"]) == {"loss", "box", "objectness", "class"}
     assert {"map50", "map50_95", "precision", "recall", "f1", "lr", "seconds"} <= rows[1].keys()
-    for name in ("train.log", "curves.png", "first_batch.jpg", "last.pt", "best.pt", "last.weights", "best.weights"):
+    for name in (
+        "train.log",
+        "settings.json",
+        "curves.png",
+        "first_batch.jpg",
+        "last.pt",
+        "best.pt",
+        "last.weights",
+        "best.weights",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert list(run.glob("events.out.tfevents.*"))
     assert (tmp_path / "weights/last.pt").read_bytes() == (run / "last.pt").read_bytes()

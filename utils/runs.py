@@ -23,13 +23,28 @@ RUNS, WEIGHTS = Path("runs"), Path("weights")
 
 
 class Run:
-    """One training's folder; `resumed` is the checkpoint that it goes on from, empty for a new run."""
+    """One training's folder; `resumed` is the checkpoint that it goes on from, empty for a new run.
 
-    def __init__(self, folder: Path, resumed: Mapping[str, Any]) -> None:
+    What describes the run goes into settings.json and into every checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, resumed: Mapping[str, Any], *, args: Namespace, recipe: Recipe, names: tuple[str, ...]
+    ) -> None:
         self.folder = folder
+        settings = {name: value for name, value in vars(args).items() if name != "resume"}
+        self.description = {
+            "names": list(names),
+            "data": args.data,
+            "folder": str(folder),
+            "settings": settings,
+            "recipe": asdict(recipe),
+        }
         self.best: float = resumed.get("best", -1.0)
         folder.mkdir(parents=True, exist_ok=True)
         start_logging(folder / "train.log")
+        text = json.dumps(self.description, indent=1) + "\n"
+        write_atomically(folder / "settings.json", lambda partial: partial.write_text(text, encoding="utf-8"))
         self.metrics_file = folder / "metrics.jsonl"
         epoch = resumed.get("epoch", 0)
         if self.metrics_file.exists():  # drop the epochs that are done again
@@ -52,40 +67,23 @@ class Run:
         self.best = max(self.best, row.get("map50_95", -1.0))
         return is_best
 
-    def save(
-        self,
-        averaged: Darknet,
-        trainer: Trainer,
-        args: Namespace,
-        recipe: Recipe,
-        *,
-        epoch: int,
-        names: tuple[str, ...],
-        seen: int,
-        is_best: bool,
-    ) -> None:
+    def save(self, averaged: Darknet, trainer: Trainer | None, *, epoch: int, seen: int, is_best: bool) -> None:
         """Write last.pt, and best.pt where `is_best`, and copy them to weights/.
 
-        A checkpoint describes itself; last.pt carries the trainer's state until the last epoch is done. Raises
+        last.pt carries the trainer's state where one is given: not after the last epoch. `seen` counts images. Raises
         WeightsError when the disk refuses, with the earlier file unharmed.
         """
-        checkpoint = {
+        averaged.header = (0, 2, 5, seen)
+        checkpoint = self.description | {
             "cfg": dump(averaged.cfg),
             "cfg_path": averaged.cfg.path,
-            "names": list(names),
-            "data": args.data,
-            "folder": str(self.folder),
-            "settings": {name: value for name, value in vars(args).items() if name != "resume"},
-            "recipe": asdict(recipe),
             "epoch": epoch,
             "best": self.best,
             "model": averaged.state_dict(),
         }
-        averaged.header = (0, 2, 5, seen)
         if is_best:
             self._write("best", averaged, checkpoint)
-        is_last = epoch == args.epochs
-        self._write("last", averaged, checkpoint if is_last else checkpoint | {"trainer": trainer.state()})
+        self._write("last", averaged, checkpoint | ({"trainer": trainer.state()} if trainer else {}))
 
     def draw_curves(self) -> None:
         """Draw loss, mAP and learning rate up to now into curves.png."""
