@@ -21,7 +21,7 @@ class Recipe:
     nominal_batch: int = 64  # gradients are accumulated up to this many images, as long as
     min_steps: int = 3000  # the training still makes this many optimizer steps
     ema_decay: float = 0.999  # limit of (1 + n) / (10 + n) after n steps
-    box_gain: float = 3.2
+    box_gain: float = 8.0
     objectness_gain: float = 32.0
     class_gain: float = 2.0
     anchor_ratio: float = 4.0  # an anchor takes a box whose sides differ from its own by less than this factor
