@@ -8,6 +8,8 @@ Writes pictures and videos with boxes to output/, with --save-txt and --save-jso
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,8 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--names", default="", help="file of class names (default: the .data file's or the .pt's)")
     parser.add_argument("--source", default="data/samples", help="file, folder, glob, camera number, URL or list")
     parser.add_argument("--output", default="output", help="folder of the results (default: %(default)s)")
-    parser.add_argument("--img-size", type=cli.positive, help="longer side in pixels (default: as in the cfg)")
-    parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
+    cli.add_device_flag(parser)
     parser.add_argument("--half", action="store_true", help="compute in fp16 (on a GPU)")
     parser.add_argument("--classes", type=cli.natural, nargs="+", help="keep only these class numbers")
     parser.add_argument(
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.device)
     if args.half and device.type == "cpu":
         raise DataError("--half: needs a GPU")
+    if args.view_img and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+        raise DataError("--view-img: needs a screen, and there is none here")
     model, names, _ = cli.open_detector(args, names=args.names)
     if args.classes and max(args.classes) >= len(names):
         raise DataError(f"--classes {max(args.classes)}: there are {len(names)} classes, 0 to {len(names) - 1}")
@@ -72,32 +75,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer = PictureWriter(Path(args.output), sources, fourcc=args.fourcc)
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
-    seconds = []
+    seconds = 0.0
     frames = tqdm(read_frames(sources, broken), total=count_frames(sources), desc="detecting", unit="img")
-    for image_id, frame in enumerate(frames):
-        start = time.perf_counter()
-        found = detect(model, frame.picture, size, args, device)
-        seconds.append(time.perf_counter() - start)
-        boxes, scores, labels = found[:, :4].numpy(), found[:, 4].tolist(), found[:, 5].int().tolist()
-        tags = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-        counts.update(names[label] for label in labels)
-        drawn = draw_boxes(frame.picture, boxes, tags, labels)
-        writer.write(frame, drawn)
-        if args.save_txt:
-            writer.write_text(frame, yolo_lines(found.numpy(), frame.picture.shape))
-        rows += coco_rows(found, frame, image_id, names)
-        if args.view_img:
-            cv2.imshow(frame.source, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-            if cv2.waitKey(1) == ord("q"):
+    try:
+        for image_id, frame in enumerate(frames):
+            start = time.perf_counter()
+            found = detect(model, frame.picture, size, args, device)
+            seconds += time.perf_counter() - start
+            labels = found[:, 5].int().tolist()
+            tags = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found[:, 4].tolist(), strict=True)]
+            drawn = draw_boxes(frame.picture, found[:, :4].numpy(), tags, labels)
+            writer.write(frame, drawn)
+            counts.update(["pictures", *(names[label] for label in labels)])
+            if args.save_txt:
+                writer.write_text(frame, yolo_lines(found.numpy(), frame.picture.shape))
+            if args.save_json:
+                rows += coco_rows(found, frame, image_id, names)
+            if args.view_img and is_stopped(drawn, frame.source):
                 break
-    writer.close()
-    if args.save_json:
-        (Path(args.output) / "detections.json").write_text(json.dumps(rows, indent=1) + "\n")
-    if not seconds:
-        raise DataError("\n".join(broken))
-    found_text = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
-    log.info("%d pictures, %.1f ms each (median): %s", len(seconds), 1000 * float(np.median(seconds)), found_text)
-    log.info("results in %s", args.output)
+    finally:  # a camera is ended by Ctrl-C: what was found until then stays
+        writer.close()
+        if args.save_json:
+            (Path(args.output) / "detections.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if pictures := counts.pop("pictures", 0):
+        found_text = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+        log.info("%d pictures, %.1f ms each: %s", pictures, 1000 * seconds / pictures, found_text)
+        log.info("results in %s", args.output)
     if broken:
         raise DataError("\n".join(broken))
 
@@ -120,6 +123,12 @@ def detect(
         classes=args.classes,
     )
     return torch.cat((fit.to_picture(found[:, :4]), found[:, 4:]), dim=1).float().cpu()
+
+
+def is_stopped(picture: np.ndarray, title: str) -> bool:
+    """Show an RGB picture in a window and tell whether the user has pressed q."""
+    cv2.imshow(title, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return cv2.waitKey(1) == ord("q")
 
 
 def yolo_lines(found: np.ndarray, shape: tuple[int, ...]) -> str:

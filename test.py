@@ -8,10 +8,13 @@ Prints a table of all classes; --json writes the same figures. 70 images at 320 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from utils import cli
+from utils.boxes import scaled_size
 from utils.device import autocast_type, select_device
 from utils.evaluate import Evaluation, Settings, evaluate
 from utils.labels import check_labels, merge_classes
@@ -25,7 +28,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.make_parser(__doc__)
     cli.add_model_flags(parser)
-    cli.add_run_flags(parser, batch_size=16)
+    cli.add_run_flags(parser)
     cli.add_detection_flags(parser, conf_thres=0.001)
     parser.add_argument("--max-det", type=cli.positive, help="detections counted per image (default: the .data file's)")
     parser.add_argument("--square", action="store_true", help="pad every picture to the whole network size")
@@ -36,8 +39,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="test once, study mAP and speed over sizes, or benchmark sizes and NMS thresholds (default: test)",
     )
     parser.add_argument("--json", default="", help="write the figures to this file")
-    parser.add_argument("--save-json", default="", help="write the detections to this file, as COCO results")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--save-json", nargs="?", const="detections.json", help="write COCO results to this file (detections.json)"
+    )
+    args = parser.parse_args(argv)
+    if args.task != "test" and (args.save_json or args.img_size):
+        parser.error("--task study and benchmark go through sizes: give no --img-size and no --save-json")
+    for file in filter(None, (args.json, args.save_json)):
+        if not Path(file).resolve().parent.is_dir():
+            parser.error(f"{file}: there is no folder {Path(file).parent}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,10 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = cli.open_detector(args)
     if detector.data is None or detector.data.valid is None:
         raise DataError("--data: not given, and the weights name no .data file with valid= that is there")
+    names = ("object",) if args.single_cls else detector.names
+    if not args.single_cls and names != detector.data.names:
+        raise DataError(f"{detector.data.path}: names other classes than the weights learned (give --single-cls?)")
     labelled = check_labels(detector.data.valid, len(detector.data.names))
     labelled = merge_classes(labelled) if args.single_cls else labelled
     settings = Settings(
-        cli.network_size(detector.model, args.img_size[0] if args.img_size else None),
+        cli.network_size(detector.model, args.img_size),
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,
         max_det=args.max_det or detector.data.max_det,
@@ -59,17 +73,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_rectangular=not args.square,
         is_stretched=args.stretch,
         is_augmented=args.augment,
+        is_single_class=args.single_cls,
     )
-    model = detector.model.fuse().to(device)
+    model = detector.model.fuse().to(device=device, memory_format=torch.channels_last)
     dtype = autocast_type(args.precision, device)
     rows = []
     for varied in variants(args.task, settings, detector.model.stride):
-        evaluation, results = evaluate(model, labelled, detector.names, varied, device=device, dtype=dtype)
+        evaluation, results = evaluate(model, labelled, names, varied, device=device, dtype=dtype)
         rows.append((varied, evaluation))
     log.info(rows[0][1].table() if args.task == "test" else compare(rows))
     if args.json:
         figures = [
-            {"size": varied.size, "iou_thres": varied.iou_thres, **evaluation.to_json()} for varied, evaluation in rows
+            {"size": varied.size, "iou_thres": varied.iou_thres, **asdict(evaluation)} for varied, evaluation in rows
         ]
         Path(args.json).write_text(json.dumps(figures[0] if args.task == "test" else figures, indent=1) + "\n")
     if args.save_json:
@@ -80,9 +95,7 @@ def variants(task: str, settings: Settings, stride: int) -> list[Settings]:
     """Give the settings that a task goes through."""
     if task == "test":
         return [settings]
-    height, width = settings.size
-    scales = [side / max(height, width) for side in STUDY_SIDES]
-    sizes = [tuple(max(1, round(side * scale / stride)) * stride for side in settings.size) for scale in scales]
+    sizes = [scaled_size(settings.size, side / max(settings.size), stride) for side in STUDY_SIDES]
     ious = BENCHMARK_IOUS if task == "benchmark" else (settings.iou_thres,)
     return [replace(settings, size=size, iou_thres=iou) for size in sizes for iou in ious]
 

@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import Darknet, load_cfg, load_weights, parse
+from models import Darknet, load_cfg, load_weights
 from models.darknet import count_parameters
-from models.weights import describe, load_checkpoint
+from models.weights import checkpoint_cfg, describe, load_checkpoint
 from utils import cli
 from utils.datasets import Pictures, TrainingBatches, collate, make_loader
 from utils.device import autocast_type, seed_everything, select_device
 from utils.engine import StepLoss, make_trainer, train_one_epoch
 from utils.evaluate import Settings, evaluate
 from utils.labels import Labelled, check_labels, merge_classes
-from utils.lists import load_data
+from utils.lists import DataSpec, load_data
 from utils.log import DataError, log
 from utils.loss import detection_loss
 from utils.plots import draw_batch
 from utils.recipe import Recipe, load_recipe
-from utils.runs import Run, new_folder
+from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
 from utils.sparsity import shrink_gammas
 
@@ -40,13 +40,16 @@ from utils.sparsity import shrink_gammas
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.make_parser(__doc__)
-    cli.add_model_flags(parser)
-    cli.add_run_flags(parser, batch_size=16)
+    cli.add_model_flags(parser, is_training=True)
+    cli.add_run_flags(parser)
+    parser.add_argument(
+        "--img-size", type=cli.side, nargs="+", default=[], help="longer side in pixels: N, or MIN MAX [TEST]"
+    )
     parser.add_argument("--epochs", type=cli.positive, default=300, help="passes over the images (default: 300)")
     parser.add_argument("--name", default="", help="folder under runs/ (default: the cfg's name)")
     parser.add_argument("--seed", type=cli.natural, default=0, help="seed of all randomness (default: 0)")
     parser.add_argument("--hyp", default="", help="file of key=value lines over the recipe's defaults")
-    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {Recipe.lr})")
+    parser.add_argument("--lr", type=cli.rate, help=f"peak learning rate (default: {Recipe.lr})")
     parser.add_argument("--adam", action="store_true", help="AdamW (at a tenth of --lr) instead of SGD")
     parser.add_argument("--multi-scale", action="store_true", help="draw a size between MIN and MAX for every batch")
     parser.add_argument("--rect", action="store_true", help="batches of like shapes, without mosaic")
@@ -55,10 +58,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nosave", action="store_true", help="write checkpoints after the last epoch only")
     parser.add_argument("--resume", nargs="?", const="weights/last.pt", help="go on with a last.pt, as it was started")
     parser.add_argument("-sr", "--sparsity-regularization", action="store_true", help="sparse training for pruning")
-    parser.add_argument("--s", type=float, default=1e-4, help="strength of -sr on every γ (default: %(default)s)")
+    parser.add_argument("--s", type=cli.rate, default=1e-4, help="strength of -sr on every γ (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not args.resume and not (args.cfg and args.data):
+    if args.resume:
+        given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        if given - {"resume", "device", "workers"}:
+            parser.error("--resume goes on as the run was started: give no other flag but --device and --workers")
+    elif not (args.cfg and args.data):
         parser.error("give --cfg and --data, or --resume")
+    if len(args.img_size) > 3 or args.img_size[:2] != sorted(args.img_size[:2]):
+        parser.error("--img-size expects N, or MIN MAX [TEST] with MIN at most MAX")
+    if len(args.img_size) > 1 and not args.multi_scale:
+        parser.error("--img-size MIN MAX needs --multi-scale")
+    if args.s != parser.get_default("s") and not args.sparsity_regularization:
+        parser.error("--s needs -sr")
     if args.multi_scale and args.rect:
         parser.error("give --multi-scale or --rect, not both")
     return args
@@ -75,16 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = Recipe(**resumed["recipe"]) if resumed else make_recipe(args)
     data = load_data(args.data)
     names = ("object",) if args.single_cls else data.names
-    train_set, valid_set = (read_images(part, args, len(data.names)) for part in (data.train, data.valid))
     seed_everything(args.seed)
-    cfg = parse(resumed["cfg"], resumed["cfg_path"]) if resumed else load_cfg(args.cfg)
+    cfg = checkpoint_cfg(resumed, args.resume) if resumed else load_cfg(args.cfg)
     model = Darknet(cfg, allow_unknown=args.allow_unknown)
-    cli.check_classes(model, names, args.data)
+    cli.check_model(model, names, args.data)
     sizes, test_size = training_sizes(model, args)
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
+    train_set, valid_set = read_images(data, is_single=args.single_cls)
     model = model.to(device=device, memory_format=torch.channels_last)
 
-    folder = Path(resumed["folder"]) if resumed else new_folder(args.name or Path(args.cfg).stem)
+    folder = run_folder(args.resume, resumed) if resumed else new_folder(args.name or Path(args.cfg).stem)
     run = Run(folder, resumed, args=args, recipe=recipe, names=names)
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
@@ -107,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     step_loss = make_step_loss(model, recipe, device, dtype)
     after_backward = (lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None
 
+    if not resumed and not args.nosave:  # so that a run that dies in its first epoch can be resumed too
+        run.save(trainer.ema.module, trainer, epoch=0, seen=0, is_best=False)
     for epoch in range(resumed.get("epoch", 0), args.epochs):
         start, is_last = time.time(), epoch + 1 == args.epochs
         seed_everything(args.seed, epoch)
@@ -136,26 +151,34 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
 
 
-def read_images(source: Path | None, args: argparse.Namespace, classes: int) -> Labelled:
-    """Read and check the images of one part of the data."""
-    if source is None:
-        raise DataError(f"{args.data}: needs train= and valid= for training")
-    labelled = check_labels(source, classes)
-    return merge_classes(labelled) if args.single_cls else labelled
+def read_images(data: DataSpec, *, is_single: bool) -> list[Labelled]:
+    """Read and check the images to train and to test on; the mistakes of both come together."""
+    sources = [source for source in (data.train, data.valid) if source]
+    if len(sources) < 2:
+        raise DataError(f"{data.path}: needs train= and valid= for training")
+    found, mistakes = [], []
+    for source in sources:
+        try:
+            found.append(check_labels(source, len(data.names)))
+        except DataError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise DataError("\n".join(mistakes))
+    return [merge_classes(labelled) for labelled in found] if is_single else found
 
 
 def restore_args(args: argparse.Namespace, resumed: dict[str, Any]) -> argparse.Namespace:
-    """Give the settings that the interrupted run was started with; only the device may change."""
+    """Give the settings that the interrupted run was started with; only device and workers may change."""
+    if "settings" not in resumed:
+        raise DataError(f"{args.resume}: carries no settings of a training (only a last.pt of train.py does)")
     if "trainer" not in resumed:
         raise DataError(f"{args.resume}: its training is finished (start a new one with --weights {args.resume})")
-    settings = dict(resumed["settings"]) | {"resume": args.resume}
-    return argparse.Namespace(**settings | ({"device": args.device} if args.device else {}))
+    changes = {"resume": args.resume, "workers": args.workers} | ({"device": args.device} if args.device else {})
+    return argparse.Namespace(**resumed["settings"] | changes)
 
 
 def training_sizes(model: Darknet, args: argparse.Namespace) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     """Give the network sizes (height, width) to train at and the one to test at: --img-size MIN [MAX [TEST]]."""
-    if len(args.img_size) > 3:
-        raise DataError("--img-size: expected MIN [MAX [TEST]]")
     asked = [cli.network_size(model, longer) for longer in args.img_size] or [model.size]
     smallest, largest, test = asked[0], asked[min(1, len(asked) - 1)], asked[-1]
     if not args.multi_scale:

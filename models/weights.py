@@ -4,7 +4,6 @@ A `.weights` file is a header (three int32 for the version, then the images seen
 before) and float32 values layer by layer, in the order of each Layer's `tensors`.
 """
 
-import logging
 import os
 import pickle
 import struct
@@ -22,8 +21,6 @@ from torch import Tensor
 from .cfg import Cfg, load_cfg, parse
 from .darknet import Darknet
 from .layers import Layer
-
-log = logging.getLogger("darkslim")
 
 
 class WeightsError(ValueError):
@@ -43,7 +40,7 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
             f"{weights}: is partial: it fills {_ranges(filled)} of {len(model.layers)} layers of {model.cfg.path},"
             f" layer {missing} is missing (train it first, or give the whole file)"
         )
-    return model
+    return model.eval()
 
 
 def load_weights(model: Darknet, path: str | Path) -> list[int]:

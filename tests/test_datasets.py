@@ -109,8 +109,12 @@ def test_pictures_are_rgb_and_upright(tmp_path: Path) -> None:
     path = str(tmp_path / "röd.png")
     cv2.imwrite(path, np.full((2, 3, 3), (0, 0, 255), np.uint8))  # OpenCV writes BGR: this is red
     assert to_tensor(read_picture(path), 3)[:, 0, 0].tolist() == [255, 0, 0]
-    with pytest.raises(DataError, match="cannot be read as a picture"):
+    with pytest.raises(DataError, match="No such file"):
         read_picture(str(tmp_path / "gone.png"))
+    whole = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[1].tobytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) - 400])
+    with pytest.raises(DataError, match="truncated"):
+        read_picture(str(tmp_path / "cut.jpg"))
 
 
 def test_to_input_scales_to_fractions() -> None:

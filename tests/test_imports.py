@@ -29,6 +29,7 @@ FLOORS = {
     "utils/device.py": 4,
     "utils/lists.py": 4,
     "utils/log.py": 4,
+    "utils/pictures.py": 4,
     "utils/recipe.py": 4,
     "utils/scenes.py": 4,
     "utils/schedule.py": 4,

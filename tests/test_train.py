@@ -88,12 +88,13 @@ def test_a_killed_training_resumes_bit_for_bit(command, scenes, tmp_path, more):
         start_new_session=True,
     )
     checkpoint = tmp_path / "runs/killed/last.pt"
+    sign = checkpoint if not more else tmp_path / "runs/killed/metrics.jsonl"  # in the first epoch, or after one
     deadline = time.time() + 120
-    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+    while not sign.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert 1 <= load_checkpoint(checkpoint)["epoch"] < 4
+    assert load_checkpoint(checkpoint)["epoch"] < 4
     assert command("train", "--resume", checkpoint).status == 0
     assert_equal(weights_of(tmp_path / "runs/whole/last.pt"), weights_of(checkpoint))
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()]
@@ -112,9 +113,9 @@ def test_a_finished_run_is_not_resumed(command, scenes):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(command, scenes, tmp_path):
     command("train", *flags(scenes, "--epochs", 1))
     good = weights_of(tmp_path / "weights/last.pt")
-    outcome = command("train", *flags(scenes, "--epochs", 3, "--lr", 1e30))
+    outcome = command("train", *flags(scenes, "--epochs", 3, "--lr", 1e9))
     assert outcome.status == 2
-    assert "the loss is" in outcome.err
+    assert "the last checkpoint is kept" in outcome.err
     assert "Traceback" not in outcome.err
     assert_equal(good, weights_of(tmp_path / "runs/run/last.pt"))
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "weights/last.pt").values())

@@ -32,6 +32,12 @@ class Fit:
         return boxes * (sx, sy, sx, sy) + (left, top, left, top)
 
 
+def scaled_size(size: tuple[int, int], scale: float, stride: int) -> tuple[int, int]:
+    """Scale (height, width) to the nearest multiples of `stride`, at least one."""
+    height, width = (max(1, round(side * scale / stride)) * stride for side in size)
+    return height, width
+
+
 def non_maximum_suppression(
     boxes: Tensor,
     scores: Tensor,

@@ -12,11 +12,13 @@ from typing import NamedTuple, NoReturn
 from models import CfgError, Darknet, WeightsError, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
+from .boxes import scaled_size
 from .device import PRECISIONS
 from .lists import DataSpec, load_data, load_names
 from .log import DataError, log, start_logging
 
 BEST = "weights/best.pt"
+MAX_SIDE = 16384  # pixels of a network input
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +41,8 @@ class Detector(NamedTuple):
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command: the user's mistakes become plain lines on standard error and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    sys.stderr.reconfigure(errors="backslashreplace")
     start_logging()
     try:
         main(None)
@@ -58,31 +62,43 @@ def make_parser(doc: str | None) -> Parser:
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --cfg, --weights, --data, --single-cls and --allow-unknown."""
-    parser.add_argument("--cfg", default="", help="cfg of the network (default: the one that a .pt carries)")
-    parser.add_argument("--weights", default="", help=f".weights or .pt (default: {BEST}, the latest run's)")
-    parser.add_argument("--data", default="", help=".data file (default: the one that a .pt names)")
-    parser.add_argument("--single-cls", action="store_true", help="take all classes for one")
+def add_model_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:
+    """Add --cfg, --weights, --data and --allow-unknown."""
+    own = (
+        ("", "start from this .weights or .pt, whole or partial", "")
+        if is_training
+        else (
+            " (default: the one that a .pt carries)",
+            f".weights or .pt (default: {BEST}, the latest run's)",
+            " (default: the one that a .pt names)",
+        )
+    )
+    parser.add_argument("--cfg", default="", help=f"cfg of the network{own[0]}")
+    parser.add_argument("--weights", default="", help=own[1])
+    parser.add_argument("--data", default="", help=f".data file{own[2]}")
     parser.add_argument("--allow-unknown", action="store_true", help="warn of unknown cfg keys instead of refusing")
 
 
-def add_run_flags(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Add --batch-size, --img-size, --device, --precision and --workers."""
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch (default: %(default)s)")
-    parser.add_argument(
-        "--img-size", type=positive, nargs="+", default=[], help="longer side in pixels (default: as in the cfg)"
-    )
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
     parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --batch-size, --device, --precision, --workers and --single-cls."""
+    parser.add_argument("--batch-size", type=positive, default=16, help="images a batch (default: %(default)s)")
+    add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on a GPU, fp32 on the CPU"
     )
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=natural, default=workers, help="loader processes (default: %(default)s)")
+    parser.add_argument("--single-cls", action="store_true", help="take all classes for one")
 
 
 def add_detection_flags(parser: argparse.ArgumentParser, *, conf_thres: float) -> None:
-    """Add --conf-thres, --iou-thres, --augment and --stretch."""
+    """Add --img-size, --conf-thres, --iou-thres, --augment and --stretch."""
+    parser.add_argument("--img-size", type=side, help="longer side in pixels (default: as in the cfg)")
     parser.add_argument(
         "--conf-thres", type=fraction, default=conf_thres, help="least score of a detection (default: %(default)s)"
     )
@@ -112,27 +128,36 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
     data_path = args.data or checkpoint.get("data", "")
     data = load_data(data_path) if args.data or (data_path and Path(data_path).is_file()) else None
     model = load_model(cfg, weights, allow_unknown=args.allow_unknown)
+    trained = tuple(checkpoint.get("names", ()))
     if names:
-        found = load_names(names)
-    elif args.data and data:
-        found = data.names
+        trained, source = load_names(names), names
+    elif args.data and data and not (trained and getattr(args, "single_cls", False)):
+        if trained and trained != data.names:
+            raise DataError(f"{data_path}: names {', '.join(data.names)}, but {weights} learned {', '.join(trained)}")
+        trained, source = data.names, data_path
     else:
-        found = tuple(checkpoint.get("names", ())) or (data.names if data else ())
-    found = found or tuple(str(index) for index in range(model.classes))
-    check_classes(model, found, names or data_path or weights)
+        trained, source = trained or tuple(str(index) for index in range(model.classes)), weights
+    check_model(model, trained, source)
     log.info("%s with %s: %d classes", cfg.path, weights, model.classes)
-    return Detector(model, found, data)
+    return Detector(model, trained, data)
 
 
-def check_classes(model: Darknet, names: tuple[str, ...], source: str) -> None:
-    """Raise DataError unless there is one name for every class of the network."""
-    if model.classes != len(names):
-        line = model.cfg.sections[1 + model.heads[0].layer].line_of("classes")
-        filters = len(model.heads[0].anchors) * (5 + len(names))
-        raise DataError(
-            f"{model.cfg.path}:{line}: the head has classes={model.classes}, but {source} names {len(names)}"
-            f" (set classes={len(names)} in every head and filters={filters} before it)"
-        )
+def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:
+    """Raise DataError unless every head has one class for each name, and images have one channel or three."""
+    mistakes = []
+    for head in model.heads:
+        section = model.cfg.sections[1 + head.layer]
+        if head.classes != len(names):
+            filters = len(head.anchors) * (5 + len(names))
+            mistakes.append(
+                f"{model.cfg.path}:{section.line_of('classes')}: the head has classes={head.classes}, but {source}"
+                f" names {len(names)} (set classes={len(names)} here and filters={filters} before it)"
+            )
+    if model.channels not in (1, 3):
+        line = model.cfg.sections[0].line_of("channels")
+        mistakes.append(f"{model.cfg.path}:{line}: pictures have 1 channel or 3, [net] has channels={model.channels}")
+    if mistakes:
+        raise DataError("\n".join(mistakes))
 
 
 def network_size(model: Darknet, longer: int | None) -> tuple[int, int]:
@@ -146,8 +171,7 @@ def network_size(model: Darknet, longer: int | None) -> tuple[int, int]:
     if longer % model.stride:
         nearest = max(1, round(longer / model.stride)) * model.stride
         raise DataError(f"--img-size {longer}: expected a multiple of {model.stride} for this cfg (say {nearest})")
-    scale = longer / max(height, width)
-    return tuple(max(1, round(side * scale / model.stride)) * model.stride for side in (height, width))
+    return scaled_size((height, width), longer / max(height, width), model.stride)
 
 
 def positive(text: str) -> int:
@@ -158,6 +182,16 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """Read an integer of at least 0 (for argparse)."""
     return _bounded(int, text, 0, 10**9)
+
+
+def side(text: str) -> int:
+    """Read a number of pixels (for argparse)."""
+    return _bounded(int, text, 1, MAX_SIDE)
+
+
+def rate(text: str) -> float:
+    """Read a number above 0 (for argparse)."""
+    return _bounded(float, text, 1e-12, 1e12)
 
 
 def fraction(text: str) -> float:

@@ -19,6 +19,7 @@ from .augment import Sample, flip, jitter_colour, letterbox, mixup, mosaic, rand
 from .boxes import Fit
 from .labels import Labelled
 from .log import DataError
+from .pictures import read_picture
 from .recipe import Recipe
 
 
@@ -32,12 +33,16 @@ class Key(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A sample: picture [3, H, W] uint8 RGB, targets [N, 5] (class, xywh_n of the input), where it came from."""
+    """A sample: picture [3, H, W] uint8 RGB, targets [N, 5] (class, xywh_n of the input), where it came from.
+
+    `problem` says why it could not be read: an exception would come out of a worker with its traceback.
+    """
 
     picture: Tensor
     targets: Tensor
     index: int
     fit: Fit
+    problem: str = ""
 
 
 class Batch(NamedTuple):
@@ -47,6 +52,7 @@ class Batch(NamedTuple):
     targets: Tensor
     indices: list[int]
     fits: list[Fit]
+    problem: str = ""
 
 
 @dataclass
@@ -64,7 +70,11 @@ class Pictures(Dataset[Item]):
         return len(self.labelled.paths)
 
     def __getitem__(self, key: Key) -> Item:
-        picture, classes, boxes, fit = self._augmented(key) if self.recipe else self._fitted(key)
+        try:
+            picture, classes, boxes, fit = self._augmented(key) if self.recipe else self._fitted(key)
+        except DataError as error:
+            blank = torch.zeros(self.channels, *key.size, dtype=torch.uint8)
+            return Item(blank, torch.zeros(0, 5), key.index, Fit(key.size, (1, 1), (0, 0)), str(error))
         h, w = picture.shape[:2]
         targets = np.empty((len(boxes), 5), np.float32)
         targets[:, 0] = classes
@@ -194,15 +204,8 @@ def collate(items: Sequence[Item]) -> Batch:
         for place, item in enumerate(items)
     ]
     pictures = torch.stack([item.picture for item in items])
-    return Batch(pictures, torch.cat(targets), [item.index for item in items], [item.fit for item in items])
-
-
-def read_picture(path: str) -> np.ndarray:
-    """Read a picture as RGB uint8 [H, W, 3], turned upright as its EXIF data says. Raises DataError."""
-    picture = cv2.imread(path, cv2.IMREAD_COLOR)
-    if picture is None:
-        raise DataError(f"{path}: cannot be read as a picture")
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    problem = "\n".join(item.problem for item in items if item.problem)
+    return Batch(pictures, torch.cat(targets), [item.index for item in items], [item.fit for item in items], problem)
 
 
 def to_tensor(picture: np.ndarray, channels: int) -> Tensor:

@@ -15,7 +15,7 @@ def select_device(name: str) -> torch.device:
     if name == "cpu" or (not name and not torch.cuda.is_available()):
         return torch.device("cpu")
     number = name.removeprefix("cuda").removeprefix(":") or "0"
-    if not number.isdigit():
+    if not number.isdecimal():
         raise DataError(f"--device {name}: expected cpu or the number of one GPU (0, 1, …)")
     if int(number) >= torch.cuda.device_count():
         raise DataError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs (use --device cpu)")

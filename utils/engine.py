@@ -83,6 +83,8 @@ def train_one_epoch(
     sums: dict[str, float] = defaultdict(float)
     steps = len(loader)
     for number, batch in enumerate(progress := tqdm(loader, desc=title, unit="batch")):
+        if batch.problem:
+            raise DataError(batch.problem)
         loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
         if not math.isfinite(value := loss.item()):
             raise DataError(
@@ -100,12 +102,17 @@ def train_one_epoch(
 
 
 def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
+    """Make one optimizer step; one that fp16 overflows in is left out, as its scaler asks for."""
+    scale = trainer.scaler.get_scale()
     trainer.scaler.unscale_(trainer.optimizer)
     if after_backward:
         after_backward()
-    nn.utils.clip_grad_norm_(trainer.model.parameters(), MAX_GRADIENT)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), MAX_GRADIENT)
+    if not trainer.scaler.is_enabled() and not norm.isfinite():
+        raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
-    trainer.scheduler.step()
-    trainer.ema.update_parameters(trainer.model)
+    if trainer.scaler.get_scale() >= scale:
+        trainer.scheduler.step()
+        trainer.ema.update_parameters(trainer.model)

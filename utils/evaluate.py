@@ -3,7 +3,7 @@
 import contextlib
 import io
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from .boxes import non_maximum_suppression
 from .datasets import Pictures, evaluation_batches, make_loader, to_input
 from .device import synchronize
 from .labels import Labelled
+from .log import DataError
 from .predict import predict
 
 CONFIDENCES = np.linspace(0, 1, 1001)  # where precision and recall are read
@@ -37,6 +38,7 @@ class Settings:
     is_rectangular: bool = True
     is_stretched: bool = False
     is_augmented: bool = False
+    is_single_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,6 @@ class Evaluation:
     per_class: dict[str, ClassScore]
     images: int
     ms_per_image: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the evaluation as plain data."""
-        return asdict(self)
 
     def means(self) -> dict[str, float]:
         """Give the means over the classes."""
@@ -128,10 +126,14 @@ def detect_all(
     start = time.perf_counter()
     loader = make_loader(pictures, batches, workers=settings.workers)
     for batch in tqdm(loader, desc="testing", unit="batch", leave=False):
+        if batch.problem:
+            raise DataError(batch.problem)
         x = to_input(batch.pictures, device)
         start = _lap(clock, "preprocess", start, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             boxes, scores = predict(model, x, is_augmented=settings.is_augmented)
+        if settings.is_single_class:
+            scores = scores.amax(-1, keepdim=True)
         start = _lap(clock, "forward", start, device)
         for place, (index, fit) in enumerate(zip(batch.indices, batch.fits, strict=True)):
             found = non_maximum_suppression(

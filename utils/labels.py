@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .lists import label_path, list_images, read_lines
 from .log import DataError, log
+from .pictures import check_picture
 
 REPORTED = 100  # mistakes told in full
 
@@ -50,9 +50,9 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
         known = cache.get(path)
         if known and np.array_equal(known[0], stamp) and (not len(known[2]) or known[2][:, 0].max() < classes):
             return stamp, known[1], known[2], []
-        size, wrong = _check_image(path)
+        size, problem = check_picture(path)
         rows, bad = _check_label_file(label_path(path), classes)
-        return stamp, size, rows, wrong + bad
+        return stamp, size, rows, [problem, *bad] if problem else bad
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = tqdm(pool.map(check, paths), total=len(paths), desc=f"checking {source}", unit="img", leave=False)
@@ -81,22 +81,6 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
 def merge_classes(labelled: Labelled) -> Labelled:
     """Take all classes for one, class 0."""
     return replace(labelled, labels=[rows * np.float32([0, 1, 1, 1, 1]) for rows in labelled.labels])
-
-
-def _check_image(path: str) -> tuple[tuple[int, int], list[str]]:
-    """Decode an image to the end and give its upright (height, width)."""
-    try:
-        with Image.open(path) as image:
-            w, h = image.size
-            is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
-            image.draft("L", (max(1, w // 8), max(1, h // 8)))  # a JPEG is read in full, but decoded at an eighth
-            image.load()
-            return ((w, h) if is_turned else (h, w)), []
-    except FileNotFoundError:
-        return (0, 0), [f"{path}: no such image"]
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no image format known here" if isinstance(error, UnidentifiedImageError) else str(error)
-        return (0, 0), [f"{path}: broken image: {reason}"]
 
 
 def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:

@@ -33,8 +33,10 @@ def load_data(path: str | Path) -> DataSpec:
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals or not value:
             mistakes.append(f"{path}:{number}: expected key=value, gets {line!r}")
+        elif key in found:
+            mistakes.append(f"{path}:{number}: sets {key!r} a second time")
         elif key in DATA_KEYS:
-            found.setdefault(key, value)
+            found[key] = value
         elif key not in DARKNET_DATA_KEYS:
             mistakes.append(f"{path}:{number}: does not know {key!r} (expected one of {', '.join(sorted(DATA_KEYS))})")
     mistakes += [
@@ -58,6 +60,9 @@ def load_names(path: str | Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in read_lines(path) if line.strip())
     if not names:
         raise DataError(f"{path}: has no class names (one a line)")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}: names a class twice: {', '.join(repeated)}")
     return names
 
 
@@ -90,6 +95,7 @@ def label_path(image: str) -> Path:
 
 
 def read_lines(path: str | Path) -> list[str]:
+    """Read a text file as lines. Raises DataError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

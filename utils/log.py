@@ -11,13 +11,22 @@ class DataError(ValueError):
     """The user's mistakes in data, paths or flags, one line each."""
 
 
+class Lines(logging.StreamHandler):
+    """Writes log lines; a reader that has gone away ends the program instead of printing a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
 def start_logging(file: Path | None = None) -> None:
     """Send log lines to standard output and, when `file` is given, append them there too."""
     log.setLevel(logging.INFO)
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [Lines(sys.stdout)]
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from .datasets import Batch
-from .log import DataError
+from .pictures import save_picture
 
 GOLDEN = 0.618034  # steps of the golden ratio around the colour circle keep neighbouring classes apart
 MAX_TILES = 16  # pictures in a drawn batch
@@ -76,17 +76,6 @@ def draw_curves(metrics_file: Path, path: Path) -> None:
         axes.legend()
     map_axes.set_ylim(0, 1)
     figure.savefig(path, dpi=100)
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write an RGB picture in the format of the path's ending. Raises DataError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        is_written = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    except cv2.error:
-        is_written = False
-    if not is_written:
-        raise DataError(f"{path}: cannot be written (a full disk, or no picture format by that ending)")
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from models import Darknet
 
+from .boxes import scaled_size
+
 VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # test-time augmentation: (scale, mirrored)
 
 
@@ -17,7 +19,7 @@ def predict(model: Darknet, x: Tensor, *, is_augmented: bool = False) -> tuple[T
     H, W = x.shape[-2:]
     views = []
     for scale, is_mirrored in VIEWS if is_augmented else VIEWS[:1]:
-        size = tuple(max(1, round(side * scale / model.stride)) * model.stride for side in (H, W))
+        size = scaled_size((H, W), scale, model.stride)
         view = x if scale == 1 else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         h, w = view.shape[-2:]
         boxes, scores = model.decode(model(view.flip(3) if is_mirrored else view), (h, w))

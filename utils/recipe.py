@@ -7,6 +7,16 @@ from typing import Any
 
 from .log import DataError
 
+OPTIMIZERS = ("sgd", "adamw")
+BOUNDS = {  # of the numbers that are not simply 0 or more
+    **dict.fromkeys(("final_lr", "momentum", "ema_decay", "label_smoothing", "close_mosaic"), (0, 1)),
+    **dict.fromkeys(("mosaic", "mixup", "flip_lr", "flip_ud", "translate", "saturation", "value", "hue"), (0, 1)),
+    **dict.fromkeys(("lr", "anchor_ratio"), (1e-12, 1e6)),
+    **dict.fromkeys(("nominal_batch", "min_steps"), (1, 10**9)),
+    **dict.fromkeys(("degrees", "shear"), (0, 90)),
+    "scale": (0, 0.99),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -30,7 +40,7 @@ class Recipe:
     mosaic: float = 1.0  # probability
     close_mosaic: float = 0.15  # last fraction of the epochs, which see whole images
     mixup: float = 0.0  # probability
-    hue: float = 0.015  # fraction of the colour circle, either way
+    hue: float = 0.015  # fraction of the hue, either way
     saturation: float = 0.7  # fraction, either way
     value: float = 0.4  # fraction, either way
     degrees: float = 0.0  # rotation, either way
@@ -61,8 +71,13 @@ def load_recipe(path: str | Path, base: Recipe) -> Recipe:
             found[key] = kinds[key](value)
         except ValueError:
             mistakes.append(f"{path}:{number}: {key!r} expects a number, gets {value!r}")
-    if found.get("optimizer", "sgd") not in ("sgd", "adamw"):
-        mistakes.append(f"{path}: 'optimizer' expects sgd or adamw, gets {found['optimizer']!r}")
+        else:
+            low, high = BOUNDS.get(key, (0, 1e6))
+            if isinstance(found[key], str):
+                if found[key] not in OPTIMIZERS:
+                    mistakes.append(f"{path}:{number}: {key!r} expects {' or '.join(OPTIMIZERS)}, gets {value!r}")
+            elif not low <= found[key] <= high:
+                mistakes.append(f"{path}:{number}: {key!r} expects {low} to {high}, gets {value}")
     if mistakes:
         raise DataError("\n".join(mistakes))
     return replace(base, **found)

@@ -1,5 +1,6 @@
 """A run's folder: runs/<name>/ with its log, metrics, TensorBoard events, pictures and checkpoints."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from models import Darknet, dump, save_weights
 from models.weights import save_checkpoint, write_atomically
 
 from .engine import Trainer
-from .log import log, start_logging
+from .log import DataError, log, start_logging
 from .plots import draw_curves
 from .recipe import Recipe
 
@@ -73,6 +74,8 @@ class Run:
         last.pt carries the trainer's state where one is given: not after the last epoch. `seen` counts images. Raises
         WeightsError when the disk refuses, with the earlier file unharmed.
         """
+        if not all(value.isfinite().all() for value in averaged.state_dict().values()):
+            raise DataError(f"epoch {epoch}: the weights are not finite; the last checkpoint is kept (lower --lr)")
         averaged.header = (0, 2, 5, seen)
         checkpoint = self.description | {
             "cfg": dump(averaged.cfg),
@@ -98,6 +101,21 @@ class Run:
         save_checkpoint(path, checkpoint)
         save_weights(averaged, path.with_suffix(".weights"))
         write_atomically(WEIGHTS / path.name, lambda partial: shutil.copyfile(path, partial))
+
+
+def run_folder(checkpoint_path: str, checkpoint: Mapping[str, Any]) -> Path:
+    """Give the folder of the run that a last.pt belongs to: its own, or for the copy in weights/ the one it came from.
+
+    Raises DataError where that folder has gone on to other things.
+    """
+    folder = Path(checkpoint_path).parent
+    if folder.resolve() != WEIGHTS.resolve():
+        return folder
+    folder = Path(checkpoint["folder"])
+    original = folder / "last.pt"
+    if not original.is_file() or not filecmp.cmp(original, checkpoint_path, shallow=False):
+        raise DataError(f"{checkpoint_path}: is not the last.pt of {folder} (resume from the run's own folder)")
+    return folder
 
 
 def new_folder(name: str) -> Path:

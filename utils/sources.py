@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .datasets import read_picture
-from .lists import IMAGE_SUFFIXES
+from .lists import IMAGE_SUFFIXES, read_lines
 from .log import DataError
+from .pictures import read_picture
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 STREAMS = ("rtsp://", "rtmp://", "http://", "https://")
@@ -31,24 +31,27 @@ def list_sources(source: str) -> list[str]:
 
     Raises DataError where it names none.
     """
-    if source.isdigit() or source.startswith(STREAMS):
-        return [source]
     path = Path(source)
     if path.is_dir():
         found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     elif path.suffix in (".txt", ".streams") and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        found = [line.strip() for line in read_lines(path) if line.strip() and not line.startswith("#")]
         found = [str(path.parent / name) if (path.parent / name).is_file() else name for name in found]
-    elif path.is_file():
-        found = [source]
+    elif path.is_file() or is_live(source):
+        return [source]
     elif glob.has_magic(source):
         found = sorted(p for p in glob.glob(source, recursive=True) if is_image(p) or is_video(p))
     else:
         raise DataError(f"--source {source}: no such file or folder")
+    found = [name for name in dict.fromkeys(found) if is_live(name) or not Path(name).is_dir()]
     if not found:
         raise DataError(f"--source {source}: names no image and no video")
     return found
+
+
+def is_live(source: str) -> bool:
+    """Tell a camera's number or a stream's address from a file."""
+    return (source.isdecimal() and not Path(source).exists()) or source.startswith(STREAMS)
 
 
 def is_image(source: str) -> bool:
@@ -58,7 +61,7 @@ def is_image(source: str) -> bool:
 
 def is_video(source: str) -> bool:
     """Tell a video file, a camera or a stream."""
-    return Path(source).suffix.lower() in VIDEO_SUFFIXES or source.isdigit() or source.startswith(STREAMS)
+    return Path(source).suffix.lower() in VIDEO_SUFFIXES or is_live(source)
 
 
 def count_frames(sources: list[str]) -> int:
@@ -87,7 +90,7 @@ def read_frames(sources: list[str], broken: list[str]) -> Iterator[Frame]:
 
 
 def _read_video(source: str) -> Iterator[Frame]:
-    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
     try:
         fps = capture.get(cv2.CAP_PROP_FPS) if capture.isOpened() else 0.0
         number = 0
@@ -97,7 +100,10 @@ def _read_video(source: str) -> Iterator[Frame]:
                 break
             yield Frame(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), source, number, fps or 25.0)
             number += 1
+        expected = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if number else 0
         if number == 0:
             raise DataError(f"{source}: cannot be read as a video")
+        if number < 0.98 * expected - 2:  # the count of some containers is an estimate
+            raise DataError(f"{source}: ends after {number} of {expected} frames (cut short?)")
     finally:
         capture.release()

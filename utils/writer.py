@@ -5,9 +5,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .log import DataError
-from .plots import save_picture
+from .log import DataError, log
+from .pictures import save_picture
 from .sources import Frame, is_video
+
+WRITABLE = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # endings of colour pictures
 
 
 class PictureWriter:
@@ -18,6 +20,7 @@ class PictureWriter:
         self.paths = _distinct_paths(folder, sources, fourcc)
         self._video: cv2.VideoWriter | None = None
         self._source = ""
+        self._check_originals(sources)
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, frame: Frame, picture: np.ndarray) -> None:
@@ -43,6 +46,15 @@ class PictureWriter:
             self._video.release()
             self._video = None
 
+    def _check_originals(self, sources: list[str]) -> None:
+        """Raise DataError where a result would replace a source, or lie among sources with labels of their own."""
+        folders = {Path(source).resolve().parent for source in sources if Path(source).exists()}
+        if self.folder.resolve() in folders:
+            raise DataError(f"--output {self.folder}: holds pictures to detect on (give another folder)")
+        there = sum(path.exists() for path in self.paths.values())
+        if there:
+            log.info("%s: %d results of an earlier run are replaced", self.folder, there)
+
     def _open(self, frame: Frame, picture: np.ndarray) -> None:
         if len(self.fourcc) != 4:
             raise DataError(f"--fourcc {self.fourcc}: expected four characters like mp4v or MJPG")
@@ -59,6 +71,8 @@ def _distinct_paths(folder: Path, sources: list[str], fourcc: str) -> dict[str, 
     taken: set[str] = set()
     for source in sources:
         name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(source).name) or "stream"
+        if not is_video(source) and Path(name).suffix.lower() not in WRITABLE:
+            name += ".png"
         if is_video(source):
             name = Path(name).stem + (".mp4" if fourcc in ("mp4v", "avc1", "hvc1") else ".avi")
         stem, suffix, number = Path(name).stem, Path(name).suffix, 1
