@@ -113,7 +113,7 @@ def test_pictures_are_rgb_and_upright(tmp_path: Path) -> None:
         read_picture(str(tmp_path / "gone.png"))
     whole = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[1].tobytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) - 400])
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(DataError, match=r"cut\.jpg: (broken image|cannot be read)"):
         read_picture(str(tmp_path / "cut.jpg"))
 
 
