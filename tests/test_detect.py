@@ -183,6 +183,32 @@ def test_the_other_pictures_are_detected_on(detected, pictures, tmp_path):
     assert (tmp_path / "output/detections.json").exists()
 
 
+def test_the_pictures_themselves_are_never_overwritten(detected, pictures, tmp_path):
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    outcome = detected("--source", pictures, "--output", pictures, "--save-txt")
+    assert outcome.status == 2
+    assert "give another folder" in outcome.err
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+
+
+def test_a_network_of_one_class_is_tested_with_single_cls(command, scenes, weights, tmp_path):
+    flags = ("--cfg", CFG, "--weights", weights, "--data", scenes, "--device", "cpu", "--workers", 0)
+    outcome = command("test", *flags, "--single-cls", "--json", tmp_path / "t.json")
+    assert outcome.status == 0, outcome.err
+    assert json.loads((tmp_path / "t.json").read_text())["per_class"].keys() == {"object"}
+
+
+def test_other_names_than_those_learned_are_refused(command, scenes, tmp_path):
+    flags = ("--cfg", CFG, "--data", scenes, "--device", "cpu", "--workers", 0)
+    command("train", *flags, "--epochs", 1, "--name", "run")
+    (tmp_path / "other.names").write_text("fish\nballoon\nsailboat\nbutterfly\n")
+    valid = scenes.parent / "valid.txt"
+    (tmp_path / "other.data").write_text(f"classes=4\nvalid={valid}\nnames=other.names\n")
+    outcome = command("test", "--data", tmp_path / "other.data", "--device", "cpu")
+    assert outcome.status == 2
+    assert "learned balloon, sailboat, fish, butterfly" in outcome.err
+
+
 def test_partial_weights_are_refused(command, weights, tmp_path):
     (tmp_path / "part.weights").write_bytes(weights.read_bytes()[: 20 + 4 * (4 * 8 + 8 * 3 * 9)])
     outcome = command("detect", "--cfg", CFG, "--weights", "part.weights", "--device", "cpu")

@@ -190,6 +190,28 @@ def test_two_datasets_of_one_picture(command, scenes, tmp_path):
     assert json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])["map50"] == 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_epoch_in_mixed_precision_on_a_gpu(command, scenes, tmp_path, precision):
+    outcome = command("train", *flags(scenes, "--epochs", 1, "--device", 0, "--precision", precision))
+    assert outcome.status == 0, outcome.err
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "runs/run/last.pt").values())
+
+
+def test_resuming_takes_no_other_flags(command, scenes, tmp_path):
+    outcome = command("train", "--resume", "x.pt", "--epochs", 9)
+    assert outcome.status == 2
+    assert "give no other flag but --device and --workers" in outcome.err
+
+
+def test_the_copy_in_weights_resumes_its_own_run_only(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    (tmp_path / "weights/last.pt").write_bytes((tmp_path / "runs/run/best.pt").read_bytes())
+    outcome = command("train", "--resume")
+    assert outcome.status == 2
+    assert "Traceback" not in outcome.err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -202,6 +224,11 @@ def test_two_datasets_of_one_picture(command, scenes, tmp_path):
         (["--cfg", ROOT / "cfg/yolov3-tiny.cfg"], "the head has classes=80, but"),
         (["--epoch", "3"], "did you mean --epochs?"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--img-size", "96", "64", "--multi-scale"], "--img-size expects N, or MIN MAX"),
+        (["--img-size", "64", "96"], "--img-size MIN MAX needs --multi-scale"),
+        (["--s", "0.1"], "--s needs -sr"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(command, scenes, change, message):

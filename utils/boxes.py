@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, nms
 
-MAX_CANDIDATES = 30000  # boxes that enter NMS, the best by score: more are noise and cost quadratic time
+MAX_CANDIDATES = 5000  # boxes that enter NMS, the best by score: 30000 give the same mAP, but take seconds untrained
 FAR = 1e6  # px, farther than any picture reaches
 
 
