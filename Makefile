@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 DEMO_SIZE := 256
-DEMO_EPOCHS := 30
+DEMO_EPOCHS := 40
 
 # On a CPU, threads that spin while they wait take the cores from the loader.
 export OMP_WAIT_POLICY ?= PASSIVE
