@@ -1,0 +1,127 @@
+"""Raw heads of every detector cfg that OpenCV 4.14 loads, against OpenCV's on the same seeded weights and picture.
+
+`make opencv-reference` stores what OpenCV computes under tests/.opencv, for all of them; without it, what stands in
+$DARKSLIM_DATA/reference/opencv_seeded is compared. Each test's name says which: computed, shared or none.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import opencv_reference
+import pytest
+import torch
+from networks import ROOT
+
+from models import Darknet, load_weights, parse
+
+DATA = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
+COMPUTED, SHARED = opencv_reference.OUTPUT, DATA / "reference/opencv_seeded"
+TOLERANCE = 1e-4  # of the largest value of a map
+
+# The 39 stock detectors that OpenCV 4.14 loads, less resnet152_trident, which it reads wrong.
+STOCK = """cd53paspp-gamma csresnext50-panet-spp csresnext50-panet-spp-original-optimal enet-coco yolo-fastest
+    yolo-fastest-1.1 yolo-fastest-1.1-xl yolo-fastest-1.1_body yolo-fastest-xl yolov3 yolov3-openimages yolov3-spp
+    yolov3-tiny yolov3-tiny-prn yolov3-tiny_3l yolov3-tiny_obj yolov3-tiny_xnor yolov3.coco-giou-12 yolov3_5l yolov4
+    yolov4-csp yolov4-csp-s-mish yolov4-csp-swish yolov4-csp-x-mish yolov4-csp-x-swish yolov4-csp-x-swish-frozen
+    yolov4-custom yolov4-p5 yolov4-p5-frozen yolov4-p6 yolov4-tiny yolov4-tiny-3l yolov4-tiny-custom yolov4_new
+    yolov4x-mish yolov7 yolov7-tiny yolov7x""".split()
+REFUSED = """cspx-p7-mish_hp resnet152_trident yolo9000 yolov3-tiny_occlusion_track yolov4-sam-mish-csp-reorg-bfm
+    yolov4-tiny_contrastive""".split()
+# Beyond the 44, and cspx-p7-mish, which OpenCV loads once its `num` counts its anchors: a network of 1.1 GB with [sam].
+OTHERS = """cspx-p7-mish MobileNetV2-YOLO-Fastest-voc MobileNetV2-YOLOv3-Nano-voc tiny-yolo tiny-yolo-voc tiny-yolo_xnor
+    tiny-yolov2-trial3 tiny-yolov2-trial3-noBatch yolo yolo-voc yolo-voc.2.0 yolo.2.0 yoloface-500k yolov2 yolov2-tiny
+    yolov2-tiny-voc yolov2-voc yolov3-voc yolov3-voc.yolov3-giou-40""".split()
+QUICK = """enet-coco tiny-yolov2-trial3 yolo-fastest yolo-fastest-1.1 yolo-fastest-1.1-xl yoloface-500k yolov2-tiny
+    yolov3-tiny yolov3-tiny-prn yolov4-csp-s-mish yolov4-tiny yolov4-tiny-3l yolov7-tiny""".split()
+
+
+class Reference(NamedTuple):
+    """A stored reference: where its maps are, and how its weights were made."""
+
+    maps: Path
+    cfg: Path
+    size: tuple[int, int]  # (width, height)
+    seed: int
+    gamma: float
+    sha256: str
+
+
+def find(name: str) -> tuple[str, Reference | None]:
+    """Give the source of a reference, and the reference, where there is one."""
+    maps = COMPUTED / f"{name}.npz"
+    if maps.exists() and (COMPUTED / "manifest.json").exists():
+        item = json.loads((COMPUTED / "manifest.json").read_text())[name]
+        rule = (tuple(item["size"]), item["seed"], item["gamma"], item["weights_sha256"])
+        return "computed", Reference(maps, DATA / item["cfg"], *rule)
+    for maps in SHARED.glob(f"{name}_dog_*.npz"):
+        items = json.loads((SHARED / "manifest.json").read_text())["items"]
+        (item,) = (item for item in items if item["cfg"] == f"{name}.cfg")
+        rule = (tuple(item["net_wh"]), item["seed"], item["gamma"], item["weights_sha256"])
+        return "shared", Reference(maps, DATA / "darknet/official-cfg" / item["cfg"], *rule)
+    return "none", None
+
+
+def compare(reference: Reference, folder: Path) -> float:
+    """Give the largest difference between our raw heads and OpenCV's, relative to the largest value of the map."""
+    width, height = reference.size
+    text = opencv_reference.adapt(reference.cfg, width, height)
+    data = opencv_reference.make_weights(text, reference.seed, reference.gamma)
+    assert hashlib.sha256(data).hexdigest() == reference.sha256
+    (folder / "seeded.weights").write_bytes(data)
+    del data
+    model = Darknet(parse(text, str(reference.cfg))).eval()
+    assert len(load_weights(model, folder / "seeded.weights")) == len(model.layers)
+    (folder / "seeded.weights").unlink()
+    picture = cv2.cvtColor(cv2.imread(str(DATA / opencv_reference.PICTURE)), cv2.COLOR_BGR2RGB)
+    x = torch.from_numpy(cv2.resize(picture, (width, height)) / np.float32(255)).permute(2, 0, 1)  # [3, H, W]
+    with torch.inference_mode():
+        heads = model(x[None])
+    with np.load(reference.maps) as stored:
+        maps = {key: stored[key] for key in stored if key.startswith("raw")}
+    assert [f"raw_layer{head.layer - 1}" for head in model.heads] == list(maps)
+    return max(
+        float(np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max())
+        for ours, theirs in zip(heads, maps.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=f"{name}-{find(name)[0]}")
+        for name in [*STOCK, *OTHERS]
+    ],
+)
+def test_raw_heads_are_opencvs(name: str, tmp_path: Path) -> None:
+    source, reference = find(name)
+    if reference is None:
+        pytest.skip(f"no reference of {name} (run `make opencv-reference`, it needs the data of $DARKSLIM_DATA)")
+    difference = compare(reference, tmp_path)
+    assert difference <= TOLERANCE, f"{name}: differs by {difference:.2e} from OpenCV ({source}: {reference.maps})"
+
+
+def test_every_detector_is_compared_or_refused_by_opencv() -> None:
+    manifest = COMPUTED / "manifest.json"
+    if not manifest.exists():
+        pytest.skip("nothing computed (run `make opencv-reference`)")
+    items = json.loads(manifest.read_text())
+    assert sorted(key for key, item in items.items() if "refused" in item) == sorted(REFUSED)
+    assert sorted(key for key, item in items.items() if "refused" not in item) == sorted([*STOCK, *OTHERS])
+    assert [key for key, item in items.items() if not item.get("is_lively", True)] == []
+
+
+def test_reference_weights_follow_the_shared_rule() -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"no test data at {SHARED} (set DARKSLIM_DATA)")
+    items = json.loads((SHARED / "manifest.json").read_text())["items"]
+    small = [item for item in items if item["weights_bytes"] < 40e6]
+    assert len(small) > 3
+    for item in small:
+        text = opencv_reference.read(DATA / "darknet/official-cfg" / item["cfg"])
+        data = opencv_reference.make_weights(text, item["seed"], item["gamma"])
+        assert hashlib.sha256(data).hexdigest() == item["weights_sha256"], item["cfg"]
