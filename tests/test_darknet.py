@@ -34,7 +34,7 @@ def test_fused_and_plain_networks_agree_at_any_size(path: Path) -> None:
             heads, fused_heads = model(x), fused(x)
         for head, fused_head, spec in zip(heads, fused_heads, model.heads, strict=True):
             cells = [int(side // stride) for side, stride in zip(x.shape[2:], spec.stride, strict=True)]
-            assert list(head.shape) == [batch, len(spec.anchors) * (5 + spec.classes), *cells]
+            assert list(head.shape) == [batch, len(spec.anchors) * spec.entries, *cells]
             assert head.isfinite().all()
             assert (head - fused_head).abs().max() <= 1e-5 * head.abs().max()
 

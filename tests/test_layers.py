@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from models import Darknet, load_cfg, parse
 from models.activations import ACTIVATIONS
-from models.layers import SECTIONS, Built, Layer
+from models.layer import Built, Layer
+from models.layers import SECTIONS
 
 
 def build(text: str, *sources: tuple[int, int, int]) -> Layer:
