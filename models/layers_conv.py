@@ -229,7 +229,7 @@ def _convolutional(section: Section, built: Built, groups: int) -> Layer:
         blurred(blur, size),
         coarser(source, read_strides(section)),
         () if owner else _tensor_names(has_bn),
-        2 * weights * size[0] * size[1],
+        2 * weights * size[0] * size[1] // (32 if is_xnor else 1),  # Darknet's, as 32 bits go in one step
         is_fresh=True,
     )
 

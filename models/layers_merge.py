@@ -116,6 +116,7 @@ def shortcut(section: Section, built: Built) -> Layer:
         source.size,
         source.stride,
         () if weights is None else ("weights",),
+        len(indices) * source.channels * source.size[0] * source.size[1] * (1 if weights is None else 2),
     )
 
 
