@@ -6,21 +6,12 @@ $DARKSLIM_DATA/reference/opencv_seeded is compared. Each test's name says which:
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
-import numpy as np
 import opencv_reference
 import pytest
-import torch
-from networks import ROOT
+from opencv_comparison import COMPUTED, DATA, SHARED, compare, find
 
-from models import Darknet, load_weights, parse
-
-DATA = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
-COMPUTED, SHARED = opencv_reference.OUTPUT, DATA / "reference/opencv_seeded"
 TOLERANCE = 1e-4  # of the largest value of a map
 
 # The 39 stock detectors that OpenCV 4.14 loads, less resnet152_trident, which it reads wrong.
@@ -38,56 +29,6 @@ OTHERS = """cspx-p7-mish MobileNetV2-YOLO-Fastest-voc MobileNetV2-YOLOv3-Nano-vo
     yolov2-tiny-voc yolov2-voc yolov3-voc yolov3-voc.yolov3-giou-40""".split()
 QUICK = """enet-coco tiny-yolov2-trial3 yolo-fastest yolo-fastest-1.1 yolo-fastest-1.1-xl yoloface-500k yolov2-tiny
     yolov3-tiny yolov3-tiny-prn yolov4-csp-s-mish yolov4-tiny yolov4-tiny-3l yolov7-tiny""".split()
-
-
-class Reference(NamedTuple):
-    """A stored reference: where its maps are, and how its weights were made."""
-
-    maps: Path
-    cfg: Path
-    size: tuple[int, int]  # (width, height)
-    seed: int
-    gamma: float
-    sha256: str
-
-
-def find(name: str) -> tuple[str, Reference | None]:
-    """Give the source of a reference, and the reference, where there is one."""
-    maps = COMPUTED / f"{name}.npz"
-    if maps.exists() and (COMPUTED / "manifest.json").exists():
-        item = json.loads((COMPUTED / "manifest.json").read_text())[name]
-        rule = (tuple(item["size"]), item["seed"], item["gamma"], item["weights_sha256"])
-        return "computed", Reference(maps, DATA / item["cfg"], *rule)
-    for maps in SHARED.glob(f"{name}_dog_*.npz"):
-        items = json.loads((SHARED / "manifest.json").read_text())["items"]
-        (item,) = (item for item in items if item["cfg"] == f"{name}.cfg")
-        rule = (tuple(item["net_wh"]), item["seed"], item["gamma"], item["weights_sha256"])
-        return "shared", Reference(maps, DATA / "darknet/official-cfg" / item["cfg"], *rule)
-    return "none", None
-
-
-def compare(reference: Reference, folder: Path) -> float:
-    """Give the largest difference between our raw heads and OpenCV's, relative to the largest value of the map."""
-    width, height = reference.size
-    text = opencv_reference.adapt(reference.cfg, width, height)
-    data = opencv_reference.make_weights(text, reference.seed, reference.gamma)
-    assert hashlib.sha256(data).hexdigest() == reference.sha256
-    (folder / "seeded.weights").write_bytes(data)
-    del data
-    model = Darknet(parse(text, str(reference.cfg))).eval()
-    assert len(load_weights(model, folder / "seeded.weights")) == len(model.layers)
-    (folder / "seeded.weights").unlink()
-    picture = cv2.cvtColor(cv2.imread(str(DATA / opencv_reference.PICTURE)), cv2.COLOR_BGR2RGB)
-    x = torch.from_numpy(cv2.resize(picture, (width, height)) / np.float32(255)).permute(2, 0, 1)  # [3, H, W]
-    with torch.inference_mode():
-        heads = model(x[None])
-    with np.load(reference.maps) as stored:
-        maps = {key: stored[key] for key in stored if key.startswith("raw")}
-    assert [f"raw_layer{head.layer - 1}" for head in model.heads] == list(maps)
-    return max(
-        float(np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max())
-        for ours, theirs in zip(heads, maps.values(), strict=True)
-    )
 
 
 @pytest.mark.parametrize(
