@@ -63,9 +63,9 @@ class Darknet(nn.Module):
 
     def freeze(self, iteration: int) -> None:
         """Let the parameters learn that learn in `iteration` (from 0 on), as `stopbackward`, `train_only_bn` say."""
-        frozen = [i for i, layer in enumerate(self.layers) if _is_frozen(layer.rules, iteration)]
+        last = max((i for i, layer in enumerate(self.layers) if _is_frozen(layer.rules, iteration)), default=-1)
         for index, block in enumerate(self.blocks):
-            block.requires_grad_(not frozen or index > frozen[-1])
+            block.requires_grad_(index > last)
 
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Decode raw maps of an input of `size` (height, width): boxes [B, N, 4] xywh_px and scores [B, N, C]."""

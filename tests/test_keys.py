@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import random
+from networks import CLASSIFIER, random
+from torch import Tensor
 
-from models import Darknet, WeightsError, load_model, load_weights, parse, save_weights
+from models import Darknet, WeightsError, load_cfg, load_model, load_weights, parse, save_weights
+from utils.cli import check_classes
+from utils.datasets import Batch
+from utils.engine import make_trainer, train_one_epoch
+from utils.log import DataError
+from utils.recipe import Recipe
 
 NET = "[net]\nheight=12\nwidth=16\nchannels=3\n"
 HEAD = "[convolutional]\nfilters=6\nactivation=linear\n[yolo]\nanchors=9,9\nclasses=1\n"
@@ -56,6 +62,24 @@ def test_the_last_stop_holds() -> None:
         model.freeze(iteration)
         states.append([next(block.parameters()).requires_grad for block in list(model.blocks)[:3]])
     assert states == [[False, False, True]] * 2 + [[False, True, True]] * 2
+
+
+def test_training_follows_stopbackward() -> None:
+    model, device = Darknet(parse(NET + conv("stopbackward=2") + HEAD)), torch.device("cpu")
+    trainer = make_trainer(model, Recipe(), epochs=2, steps=2, device=device, dtype=torch.float32)
+    batch = Batch((random(2, 3, 12, 16).abs() * 50).byte(), torch.zeros(0, 6), [0, 1], [])
+
+    def step_loss(x: Tensor, _targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(x)[0].square().mean(), {}
+
+    weights = []
+    for epoch in range(2):  # of 4 batches that make 2 steps
+        weights.append(model.blocks[0].conv.weight.detach().clone())
+        train_one_epoch(
+            trainer, [batch] * 4, step_loss, device=device, accumulate=2, title=f"epoch {epoch}", freeze=model.freeze
+        )
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], model.blocks[0].conv.weight)
 
 
 def test_no_gradient_passes_onlyforward() -> None:
@@ -119,3 +143,8 @@ def test_dontloadscales_leaves_scales_and_statistics_alone(tmp_path: Path) -> No
     assert np.array_equal(block.conv.weight.detach().numpy().ravel(), values[2:8])
     save_weights(model, path)  # as Darknet: all that the layer has
     assert path.stat().st_size == 20 + 4 * (2 + 6 + 6 + 6 + 12)
+
+
+def test_commands_for_detectors_refuse_a_classifier() -> None:
+    with pytest.raises(DataError, match=r"classifier\.cfg: is a classifier"):
+        check_classes(Darknet(load_cfg(CLASSIFIER)), ("a",) * 10, "x.data")

@@ -125,7 +125,9 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
 
 
 def check_classes(model: Darknet, names: tuple[str, ...], source: str) -> None:
-    """Raise DataError unless there is one name for every class of the network."""
+    """Raise DataError unless the network detects, and there is one name for every class of it."""
+    if not model.heads:
+        raise DataError(f"{model.cfg.path}: is a classifier (expected a detector, whose cfg has a [yolo] section)")
     if model.classes != len(names):
         line = model.cfg.sections[1 + model.heads[0].layer].line_of("classes")
         filters = len(model.heads[0].anchors) * (5 + len(names))
