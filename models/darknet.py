@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .cfg import Cfg, CfgError, Section, suggest
 from .layer import MAX_VALUES, Built, Layer, Rules, read_rules
 from .layers import REFUSED, SECTIONS, TRAINER_KEYS
-from .layers_conv import Connected, Convolution
+from .layers_conv import Convolution
+from .layers_dense import Connected
 from .yolo import HeadSpec, decode
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024

@@ -1,7 +1,8 @@
 """The table of sections: a name, and the builder that makes a Layer of it; and what the table leaves out."""
 
 from .layer import Builder
-from .layers_conv import batchnorm, connected, convolutional, crnn, depthwise
+from .layers_conv import convolutional, crnn, depthwise
+from .layers_dense import batchnorm, connected
 from .layers_head import contrastive, cost, gaussian_yolo, region, softmax, yolo
 from .layers_merge import route, sam, scale_channels, shortcut
 from .layers_pool import activation, avgpool, crop, dropout, empty, local_avgpool, maxpool, reorg, reorg3d, upsample

@@ -1,14 +1,16 @@
-"""Sections with weights: convolutional in all its variants, connected, batchnorm, crnn."""
+"""Convolutions: [convolutional] in all its variants, [depthwise], [crnn]."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .cfg import Section
 from .layer import (
+    BN_EPS,
+    BN_MOMENTUM,
     MAX_FILTERS,
     MAX_KERNEL,
     Built,
@@ -21,9 +23,6 @@ from .layer import (
     window,
 )
 from .layers_pool import blurred, read_blur
-
-BN_EPS = 1e-6  # OpenCV's; Darknet's 1e-5 differs by less than 4e-4 in any score of real weights (measured)
-BN_MOMENTUM = 0.03  # a short training's statistics settle within some hundred steps
 
 
 class Convolution(nn.Module):
@@ -81,23 +80,6 @@ class BinaryConv2d(nn.Conv2d):
         return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class Connected(nn.Module):
-    """A fully connected layer [B, C, H, W] -> [B, output, 1, 1], batch normalisation and activation."""
-
-    def __init__(self, linear: nn.Linear, bn: nn.Module, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear, self.bn, self.activation = linear, bn, activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.linear(x.flatten(1)))  # [B, output]
-        return self.activation(x[:, :, None, None])
-
-    def fuse(self) -> None:
-        """Fold the batch normalisation into the weights."""
-        if isinstance(self.bn, nn.BatchNorm1d):
-            self.linear, self.bn = fuse_linear_bn_eval(self.linear, self.bn), nn.Identity()
-
-
 class Crnn(nn.Module):
     """A convolutional recurrent layer on the first frame, where the state before is zero.
 
@@ -134,36 +116,6 @@ def depthwise(section: Section, built: Built) -> Layer:
     return _convolutional(section, built, built.previous.channels)
 
 
-def connected(section: Section, built: Built) -> Layer:
-    """Build [connected], which sees the whole map: it runs at the cfg's own size alone."""
-    source, output = built.previous, section.int("output", 1, minimum=1, maximum=MAX_FILTERS)
-    has_bn = section.flag("batch_normalize")
-    activation = read_activation(section, "logistic")
-    inputs = source.channels * source.size[0] * source.size[1]
-    built.afford(section, inputs * output, "output")
-    linear = nn.Linear(inputs, output, bias=not has_bn)
-    bn = nn.BatchNorm1d(output, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
-    names = ("bn.bias", "linear.weight", "bn.weight", "bn.running_mean", "bn.running_var")
-    return Layer(
-        Connected(linear, bn, activation),
-        (built.index - 1,),
-        output,
-        (1, 1),
-        coarser(source, source.size),
-        names if has_bn else ("linear.bias", "linear.weight"),
-        2 * inputs * output,
-        is_fresh=True,
-    )
-
-
-def batchnorm(section: Section, built: Built) -> Layer:
-    """Build [batchnorm], batch normalisation on its own."""
-    source = built.previous
-    bn = nn.BatchNorm2d(source.channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-    tensors = ("bias", "weight", "running_mean", "running_var")
-    return Layer(bn, (built.index - 1,), source.channels, source.size, source.stride, tensors)
-
-
 def crnn(section: Section, built: Built) -> Layer:
     """Build [crnn]: three convolutions of one window, for one frame (see Crnn)."""
     source = built.previous
@@ -171,13 +123,14 @@ def crnn(section: Section, built: Built) -> Layer:
     filters = section.int("output", 1, minimum=1, maximum=MAX_FILTERS)
     groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS)
     groups = _check_groups(section, built, groups, (source.channels, hidden, filters), "groups output hidden")
-    window, size = _read_window(section, built, groups, default_size=3)
+    window, size = _read_window(section, built, groups, read_strides(section), default_size=3)
     if size != source.size:
         message = (
             f"expects a window that keeps its input's {shape(source)} (stride=1, pad=1), gives {size[0]}×{size[1]}"
         )
         built.mismatch(section, [source], "size", message, keys="size stride padding pad dilation")
     is_xnor, has_bn = section.flag("xnor"), section.flag("batch_normalize")
+    activation = read_activation(section, "logistic")
     section.flag("shortcut")  # adds the state before, which is zero
     per_channel = hidden * window.size**2 // groups
     built.afford(section, per_channel * (source.channels + hidden + filters), "hidden")
@@ -188,7 +141,7 @@ def crnn(section: Section, built: Built) -> Layer:
     names = _tensor_names(has_bn)
     built.filters_line = section.line_of("output")
     return Layer(
-        Crnn(*(Convolution(conv, bn, read_activation(section, "logistic"), nn.Identity()) for conv, bn in parts)),
+        Crnn(*(Convolution(conv, bn, activation, nn.Identity()) for conv, bn in parts)),
         (built.index - 1,),
         filters,
         source.size,
@@ -207,8 +160,9 @@ def _convolutional(section: Section, built: Built, groups: int) -> Layer:
     section.flag("bin_output")  # packs the output of xnor layers into bits, which changes no number
     groups = 1 if is_xnor else groups
     groups = _check_groups(section, built, groups, (source.channels, filters), "filters groups group")
-    blur, stride = read_blur(section, read_strides(section))
-    window, size = _read_window(section, built, groups, stride=stride)
+    stride = read_strides(section)
+    blur, own_stride = read_blur(section, stride)
+    window, size = _read_window(section, built, groups, own_stride)
     has_bn = section.flag("batch_normalize") or section.flag("cbn")  # cbn changes the statistics of training alone
     activation = read_activation(section, "logistic")
     weights = filters * (source.channels // groups) * window.size**2
@@ -226,8 +180,8 @@ def _convolutional(section: Section, built: Built, groups: int) -> Layer:
         module,
         (built.index - 1,),
         filters,
-        blurred(blur, size),
-        coarser(source, read_strides(section)),
+        blurred(section, built, blur, size),
+        coarser(source, stride),
         () if owner else _tensor_names(has_bn),
         2 * weights * size[0] * size[1] // (32 if is_xnor else 1),  # Darknet's, as 32 bits go in one step
         is_fresh=True,
@@ -235,11 +189,10 @@ def _convolutional(section: Section, built: Built, groups: int) -> Layer:
 
 
 def _read_window(
-    section: Section, built: Built, groups: int, *, stride: tuple[int, int] | None = None, default_size: int = 1
+    section: Section, built: Built, groups: int, stride: tuple[int, int], *, default_size: int = 1
 ) -> tuple[Window, tuple[int, int]]:
     """Read size, stride, padding and dilation; give them with the size of the output."""
     kernel = section.int("size", default_size, minimum=1, maximum=MAX_KERNEL)
-    stride = stride or read_strides(section)
     padding = section.int("padding", 0, minimum=0, maximum=MAX_KERNEL)
     padding = kernel // 2 if section.flag("pad") else padding
     dilation = section.int("dilation", 1, minimum=1, maximum=MAX_KERNEL)

@@ -115,11 +115,14 @@ def read_blur(section: Section, stride: tuple[int, int]) -> tuple[nn.Module, tup
     return (Blur(kind, stride), (1, 1)) if kind else (nn.Identity(), stride)
 
 
-def blurred(blur: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+def blurred(section: Section, built: Built, blur: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     """Give the size of a map of `size` after `blur`."""
     if not isinstance(blur, Blur):
         return size
     height, width = window(size, 2, blur.stride, 0) if blur.kind == 2 else window(size, 3, blur.stride, 2)
+    if height < 1 or width < 1:
+        message = f"blurs 2×2 cells, but its map is only {size[0]}×{size[1]} (set antialiasing=1)"
+        built.mismatch(section, [built.previous], "size", message, "antialiasing", keys="size padding pad")
     return max(1, height), max(1, width)
 
 
@@ -134,7 +137,7 @@ def maxpool(section: Section, built: Built) -> Layer:
         nn.Sequential(pool, blur) if isinstance(blur, Blur) else pool,
         (built.index - 1,),
         source.channels,
-        blurred(blur, size),
+        blurred(section, built, blur, size),
         coarser(source, stride),
         flops=kernel * kernel * source.channels * size[0] * size[1],
     )

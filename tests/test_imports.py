@@ -21,6 +21,7 @@ FLOORS = {
     "models/yolo.py": 1,
     "models/layer.py": 1,
     "models/layers_conv.py": 2,
+    "models/layers_dense.py": 2,
     "models/layers_head.py": 2,
     "models/layers_merge.py": 2,
     "models/layers_pool.py": 2,
