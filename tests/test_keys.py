@@ -1,13 +1,14 @@
 """Keys that any section may have, keys of the heads, and what is read although it is broken."""
 
 import logging
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from networks import CLASSIFIER, random
+from networks import CLASSIFIER, FIXTURES, random
 from torch import Tensor
 
 from models import Darknet, WeightsError, load_cfg, load_model, load_weights, parse, save_weights
@@ -104,6 +105,43 @@ def test_a_missing_comma_between_anchors_is_read_as_darknet_reads_it(caplog: pyt
     text = "[convolutional]\nfilters=12\n[yolo]\nclasses=1\nnum=4\nmask=1,3\nanchors=10,13, 16,30  33,23, 30,61"
     assert Darknet(parse(NET + text)).heads[0].anchors == ((16, 3033), (61, 0.5))
     assert caplog.messages == ["<string>:11: 'anchors' lacks a comma between two numbers: Darknet reads them as one"]
+
+
+WAYS = {
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "tabs": lambda text: text.replace("=", "\t=\t\t").replace("\n", "\t\n"),
+    "BOM": lambda text: "\ufeff" + text,
+    "blanks before [net]": lambda text: "  \n\t\n" + text,
+    "inline comments": lambda text: re.sub(r"(=.*)", r"\1 ###P6", text),
+    "duplicate keys": lambda text: re.sub(r"((filters|size)=).*", r"\g<0>\n\g<1>7", text),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_is_the_same_however_its_file_is_written(way: str) -> None:
+    text = (FIXTURES / "valid/stock_sections.cfg").read_text(encoding="utf-8")
+    written = WAYS[way](text)
+    assert written != text
+    with torch.device("meta"):
+        plain, model = Darknet(parse(text)), Darknet(parse(written))
+    assert model.summary() == plain.summary()
+    assert model.heads == plain.heads
+
+
+BROKEN = {  # official cfgs, and the last anchor of their last head
+    "cspx-p7-mish": (1408, 1408),  # num=16, but 20 pairs and masks up to 19
+    "cspx-p7-mish_hp": (800, 0.5),  # a comma is missing: every anchor after it is shifted by one number
+    "yolov4-csp-x-swish": (459, 401),  # blanks before [net]
+    "yolov4-csp-x-swish-frozen": (459, 401),
+    "enet-coco": (81, 82),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_official_cfgs_load_as_darknet_reads_them(name: str, shared_data: Path) -> None:
+    with torch.device("meta"):
+        model = Darknet(load_cfg(shared_data / f"darknet/official-cfg/{name}.cfg"))
+    assert model.heads[-1].anchors[-1] == BROKEN[name]
 
 
 def file_of(path: Path, count: int) -> np.ndarray:
