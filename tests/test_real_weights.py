@@ -7,6 +7,7 @@ between the centres of the corner pixels; OpenCV zeroes scores under 0.2 and lis
 import hashlib
 import json
 import struct
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -217,7 +218,11 @@ BYTES = {  # of .weights, where official_cfg_sizes.tsv is silent: darknet-format
 }
 
 
-def test_official_cfgs_have_their_size_or_are_refused(shared_data: Path) -> None:
+def check_shape(wanted: tuple[int, ...], _module: nn.Module, _inputs: object, output: Tensor) -> None:
+    assert tuple(output.shape) == wanted
+
+
+def test_official_cfgs_have_their_size_and_run_or_are_refused(shared_data: Path) -> None:
     lines = (shared_data / "reference/official_cfg_sizes.tsv").read_text().splitlines()[1:]
     wanted = {Path(cells[0]).stem: int(cells[3]) for cells in (line.split("\t") for line in lines)} | BYTES
     wanted = {name: size for name, size in wanted.items() if name not in REFUSED}
@@ -226,11 +231,15 @@ def test_official_cfgs_have_their_size_or_are_refused(shared_data: Path) -> None
     refused, sizes = {}, {}
     for path in paths:
         try:
-            with torch.device("meta"):
-                model = Darknet(load_cfg(path))
+            with torch.device("meta"):  # sizes alone: nothing is computed
+                model = Darknet(load_cfg(path)).eval()
         except CfgError as error:
             refused[path.stem] = str(error).removeprefix(f"{path}:")
             continue
+        for index, block in enumerate(model.blocks):
+            wanted_shape = (1, model.layers[index].channels, *model.layers[index].size)
+            block.register_forward_hook(partial(check_shape, wanted_shape))
+        model(torch.zeros(1, model.channels, *model.size, device="meta"))
         state = model.state_dict()
         names = [f"blocks.{i}.{name}" for i, layer in enumerate(model.layers) for name in layer.tensors]
         assert {*state} - {*names} == {name for name in state if name.endswith("num_batches_tracked")}
