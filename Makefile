@@ -12,7 +12,7 @@ DEMO_EPOCHS := 40
 # On a CPU, threads that spin while they wait take the cores from the loader.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check opencv-reference clean
 
 # Draw a small dataset, train a small network on it, measure it, and leave pictures of what it finds.
 demo: $(INSTALLED)
@@ -37,9 +37,18 @@ check: $(INSTALLED)
 	$(RUN) -m ruff check
 	$(RUN) -m mypy models
 
+# What OpenCV 4 computes of the stock cfgs, for tests/test_opencv.py; its own environment, as OpenCV 5 reads no cfg.
+opencv-reference: .opencv-venv/.installed
+	.opencv-venv/bin/python tests/opencv_reference.py
+
+.opencv-venv/.installed:
+	$(PYTHON) -m venv .opencv-venv
+	.opencv-venv/bin/python -m pip install "opencv-python-headless<5" numpy
+	touch $@
+
 # Remove what these commands made. Other runs, weights and data stay.
 clean:
-	rm -rf $(VENV) runs/demo data/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .opencv-venv tests/.opencv runs/demo data/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt requirements-dev.txt

@@ -128,7 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches.epoch = epoch
         title = f"epoch {epoch + 1}/{args.epochs}"
         losses = train_one_epoch(
-            trainer, loader, step_loss, device=device, accumulate=accumulate, title=title, after_backward=after_backward
+            trainer,
+            loader,
+            step_loss,
+            device=device,
+            accumulate=accumulate,
+            title=title,
+            freeze=model.freeze,
+            after_backward=after_backward,
         )
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
         averaged = trainer.ema.module

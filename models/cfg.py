@@ -65,6 +65,7 @@ class Option:
     value: str
     row: int
     line: int
+    lacks_comma: bool = False  # between two of its numbers, which Darknet reads as one
 
 
 @dataclass(eq=False)
@@ -266,9 +267,10 @@ def _parse_option(cfg: Cfg, line: str, raw: str, number: int) -> None:
             "%s:%d: %r is already set to %r at line %d, which holds", cfg.path, number, key, first.value, first.line
         )
         return
-    if "," in value and _MISSING_COMMA.search(raw.partition("=")[2].partition("#")[0]):
+    lacks_comma = "," in value and bool(_MISSING_COMMA.search(raw.partition("=")[2].partition("#")[0]))
+    if lacks_comma:
         log.warning("%s:%d: %r lacks a comma between two numbers: Darknet reads them as one", cfg.path, number, key)
-    section.options[key] = Option(key, value, len(section.lines) - 1, number)
+    section.options[key] = Option(key, value, len(section.lines) - 1, number, lacks_comma)
 
 
 def _to_int(text: str) -> int:

@@ -2,78 +2,71 @@
 
 import copy
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .cfg import Cfg, suggest
-from .layers import SECTIONS, Built, Convolution, Layer
+from .cfg import Cfg, CfgError, Section, suggest
+from .layer import MAX_VALUES, Built, Layer, Rules, read_rules
+from .layers import REFUSED, SECTIONS, TRAINER_KEYS
+from .layers_conv import Convolution
+from .layers_dense import Connected
 from .yolo import HeadSpec, decode
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
 
-# Darknet's own keys that describe its trainer or its own files, per section.
-NET_KEYS = """batch subdivisions inputs max_crop min_crop learning_rate learning_rate_min policy burn_in power steps
-    scales step scale gamma sgdr_cycle sgdr_mult seq_scales max_batches max_epochs momentum decay adam B1 B2 eps
-    ema_alpha loss_scale angle aspect saturation exposure hue flip blur gaussian_noise mixup cutmix mosaic
-    mosaic_bound letter_box resize_step label_smooth_eps attention adversarial_lr max_chart_loss contrastive
-    contrastive_jit_flip contrastive_color unsupervised augment_speed sequential_subdivisions try_fix_nan
-    weights_reject_freq equidistant_point badlabels_rejection_percentage num_sigmas_reject_badlabels
-    dynamic_minibatch optimized_memory workspace_size_limit_MB use_cuda_graph show_receptive_field""".split()
-TRAINER_KEYS = {
-    "net": NET_KEYS,
-    "network": NET_KEYS,
-    "yolo": """max jitter resize ignore_thresh truth_thresh iou_thresh random objectness_smooth label_smooth_eps
-        iou_normalizer obj_normalizer cls_normalizer delta_normalizer max_delta iou_loss iou_thresh_kind nms_kind
-        beta_nms counters_per_class focal_loss show_details""".split(),
-    "region": """bias_match jitter rescore object_scale noobject_scale class_scale coord_scale mask_scale absolute
-        thresh random max log sqrt focal_loss resize""".split(),
-}
-
 
 class Darknet(nn.Module):
-    """A detector built from a cfg.
+    """A detector or a classifier built from a cfg.
 
-    `forward` takes images [B, channels, H, W] in 0..1 (RGB) and returns the raw map [B, A*(5+C), h, w] of every head,
-    in the cfg's order and in every mode; `decode` makes boxes of them. Raises CfgError with all mistakes of the file.
+    `forward` takes images [B, channels, H, W] in 0..1 (RGB) and returns the raw map [B, A*entries, h, w] of every head,
+    in the cfg's order and in every mode; `decode` makes boxes of them. A classifier has no `heads`: it returns one map,
+    its scores. Raises CfgError with all mistakes of the file, before anything is allocated.
     """
 
     def __init__(self, cfg: Cfg, *, allow_unknown: bool = False) -> None:
         super().__init__()
-        self.cfg = copy.deepcopy(cfg)  # building marks what it reads
-        built = _build(self.cfg, allow_unknown=allow_unknown)
+        self.cfg = copy.deepcopy(cfg)
+        with torch.device("meta"):  # the arithmetic alone: whatever is wrong or too large is told here
+            tried = copy.deepcopy(cfg)  # building marks what it reads
+            _check(_build(tried), tried, allow_unknown=allow_unknown)
+        built = _build(self.cfg)
         self.layers = built.layers
         self.size, self.channels = built.image.size, built.image.channels  # (height, width) as [net] asks for
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)
         self.heads: list[HeadSpec] = [layer.head for layer in self.layers if layer.head]
         self.header = (0, 2, 5, 0)  # of its .weights file: major, minor, revision, images seen
         self.is_fused = False
-        last_use = {index: index for index, layer in enumerate(self.layers) if not layer.head}  # what nobody reads
+        self._kept = {spec.layer for spec in self.heads} or {len(self.layers) - 1}  # what forward returns
+        last_use = {index: index for index in range(len(self.layers)) if index not in self._kept}  # what nobody reads
         last_use |= {index: reader for reader, layer in enumerate(self.layers) for index in layer.inputs}
         self._done = [[i for i, last in last_use.items() if last == reader] for reader in range(len(self.layers))]
 
     @property
     def stride(self) -> int:
-        """Pixels that every input side must be a multiple of: the coarsest stride of a head or an upsampled map."""
-        strides = [head.stride for head in self.heads]
-        strides += [below.stride for below, above in pairwise(self.layers) if isinstance(above.module, nn.Upsample)]
-        return max(1, *(int(side) for stride in strides for side in stride))
+        """Pixels that every input side must be a multiple of: the coarsest stride that a layer asks for."""
+        return max(1, *(int(side) for layer in self.layers for side in layer.multiple))
 
     @property
     def classes(self) -> int:
-        return self.heads[0].classes
+        return self.heads[0].classes if self.heads else self.layers[-1].channels
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        outputs, heads = {-1: x}, []
+        outputs, kept = {-1: x}, []
         for index, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            outputs[index] = block(*[outputs[i] for i in layer.inputs])
-            if layer.head:
-                heads.append(outputs[index])
+            output = block(*[outputs[i] for i in layer.inputs])
+            outputs[index] = output.detach() if layer.rules.is_detached else output
+            if index in self._kept:
+                kept.append(outputs[index])
             for done in self._done[index]:
                 del outputs[done]
-        return heads
+        return kept
+
+    def freeze(self, iteration: int) -> None:
+        """Let the parameters learn that learn in `iteration` (from 0 on), as `stopbackward`, `train_only_bn` say."""
+        last = max((i for i, layer in enumerate(self.layers) if _is_frozen(layer.rules, iteration)), default=-1)
+        for index, block in enumerate(self.blocks):
+            block.requires_grad_(index > last)
 
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Decode raw maps of an input of `size` (height, width): boxes [B, N, 4] xywh_px and scores [B, N, C]."""
@@ -82,12 +75,11 @@ class Darknet(nn.Module):
         return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
 
     def fuse(self) -> "Darknet":
-        """Return a copy in evaluation mode with every batch normalisation folded into its convolution."""
+        """Return a copy in evaluation mode with every batch normalisation folded into the weights before it."""
         fused = copy.deepcopy(self).eval()
-        for block in fused.blocks:
-            if isinstance(block, Convolution) and isinstance(block.bn, nn.BatchNorm2d):
-                block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-                block.bn = nn.Identity()
+        for module in list(fused.modules()):
+            if isinstance(module, (Convolution, Connected)):
+                module.fuse()
         fused.is_fused = True
         return fused
 
@@ -116,29 +108,62 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _build(cfg: Cfg, *, allow_unknown: bool) -> Built:
-    if not cfg.sections or cfg.sections[0].name not in ("net", "network"):
-        cfg.raise_mistakes()
+def _is_frozen(rules: Rules, iteration: int) -> bool:
+    return rules.train_only_bn or rules.stop_backward == 1 or rules.stop_backward > iteration
+
+
+def _build(cfg: Cfg) -> Built:
+    """Build the layers of `cfg` and note its mistakes."""
+    _refuse(cfg)
     net = cfg.sections[0]
     size = tuple(net.int(key, 416, minimum=1, maximum=MAX_SIDE) for key in ("height", "width"))
     channels = net.int("channels", 3, minimum=1, maximum=MAX_CHANNELS)
     built = Built(Layer(nn.Identity(), (), channels, (size[0], size[1]), (1, 1)))
+    _check_size(net, built.image)
     for section in cfg.sections[1:]:
         builder = SECTIONS.get(section.name)
+        rules = read_rules(section)
         if builder is None:
             section.fail(f"is no section (expected {suggest(section.name, SECTIONS)})")
             section.known.update(section.options)
-            layer = replace(built.previous, inputs=(built.index - 1,), head=None)
+            layer = replace(built.previous, inputs=(built.index - 1,), head=None, tensors=(), rules=Rules())
         else:
             layer = builder(section, built)
+        _check_size(section, layer)
         guesses = {guess for index in layer.inputs for guess in built.at(index).guesses}
         if layer.is_fresh:
             guesses.discard("channels")
         if builder is None or section.unsure:
             guesses |= {"channels", "size"}
-        built.layers.append(replace(layer, guesses=frozenset(guesses)))
-    if not any(layer.head for layer in built.layers):
+        built.layers.append(replace(layer, rules=rules, guesses=frozenset(guesses)))
+    return built
+
+
+def _check_size(section: Section, layer: Layer) -> None:
+    """Raise CfgError where a map is so large that what follows would be as absurd."""
+    values = layer.channels * layer.size[0] * layer.size[1]
+    if values > MAX_VALUES:
+        section.fail(f"puts out {values:,} values (expected at most {MAX_VALUES:,}: is the size of [net] right?)")
+        section.cfg.raise_mistakes()
+
+
+def _refuse(cfg: Cfg) -> None:
+    """Raise CfgError with one line where the file is no [net] at all, or a network of a kind that is not built."""
+    if not cfg.sections or cfg.sections[0].name not in ("net", "network"):
+        cfg.raise_mistakes()
+    for section in (*cfg.sections[1:], cfg.sections[0]):
+        what = REFUSED.get(section.name, "")
+        if section.name == "region" and "tree" in section.options:
+            what = "with a tree of classes is the head of YOLO9000"
+        if section.name in ("net", "network") and "inputs" in section.options and "width" not in section.options:
+            what = "with inputs= and no width= is a recurrent text model"
+        if what:
+            raise CfgError(cfg.path, section.line, f"[{section.name}] {what}, which Darkslim does not build")
+
+
+def _check(built: Built, cfg: Cfg, *, allow_unknown: bool) -> None:
+    """Raise CfgError with the mistakes of the layers and of the network as a whole."""
+    if not any(layer.head or layer.ends_classifier for layer in built.layers):
         cfg.fail(cfg.sections[-1].line, "the cfg has no head (end it with a [yolo] section)")
     cfg.check_unread(TRAINER_KEYS, allow_unknown=allow_unknown)
     cfg.raise_mistakes()
-    return built

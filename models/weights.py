@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .cfg import Cfg, load_cfg, parse
 from .darknet import Darknet
-from .layers import Layer
+from .layer import Layer
+
+SCALES = ("bn.weight", "bn.running_mean", "bn.running_var")  # what dontloadscales leaves out
 
 
 class WeightsError(ValueError):
@@ -34,11 +36,11 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
     """
     model = Darknet(cfg if isinstance(cfg, Cfg) else load_cfg(cfg), allow_unknown=allow_unknown)
     filled = load_weights(model, weights)
-    if len(filled) < len(model.layers):
-        missing = next(i for i in range(len(model.layers)) if i not in filled)
+    missing = [i for i, layer in enumerate(model.layers) if i not in filled and not layer.rules.skip_load]
+    if missing:
         raise WeightsError(
             f"{weights}: is partial: it fills {_ranges(filled)} of {len(model.layers)} layers of {model.cfg.path},"
-            f" layer {missing} is missing (train it first, or give the whole file)"
+            f" layer {missing[0]} is missing (train it first, or give the whole file)"
         )
     return model.eval()
 
@@ -46,7 +48,9 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
 def load_weights(model: Darknet, path: str | Path) -> list[int]:
     """Fill `model` from a `.weights` or `.pt` file, whole or partial, and return the indices of the filled layers.
 
-    A layer without parameters counts as filled when everything before it is. Raises WeightsError.
+    A layer without parameters counts as filled when everything before it is. A `.weights` file holds nothing of a layer
+    with `dontload` and neither scales nor statistics of one with `dontloadscales`, as Darknet reads it. Raises
+    WeightsError.
     """
     if Path(path).suffix == ".pt":
         checkpoint = load_checkpoint(path)
@@ -141,7 +145,7 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
             f"{path}: its {len(data) - offset} bytes of values are no multiple of 4 (damaged or cut off)"
         )
     values = np.frombuffer(data, "<f4", offset=offset)
-    ends = list(accumulate(sum(tensor.numel() for tensor in _tensors(layer)) for layer in model.layers))
+    ends = list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer)) for layer in model.layers))
     count = sum(end <= len(values) for end in ends)  # layers that the file reaches the end of
     held = f"the file holds {len(values)} values, {model.cfg.path} takes {ends[-1]}"
     if len(values) > ends[-1]:
@@ -155,12 +159,12 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
         )
     start = 0
     with torch.no_grad():
-        for tensor in (tensor for layer in model.layers[:count] for tensor in _tensors(layer)):
+        for tensor in (tensor for layer in model.layers[:count] for tensor in _read_tensors(layer)):
             part = values[start : start + tensor.numel()].astype(np.float32)
             tensor.copy_(torch.from_numpy(part).view(tensor.shape))
             start += tensor.numel()
     model.header = header
-    return list(range(count))
+    return [index for index in range(count) if not model.layers[index].rules.skip_load]
 
 
 def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, int], int]:
@@ -177,6 +181,14 @@ def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, in
 
 def _tensors(layer: Layer) -> list[Tensor]:
     return [attrgetter(name)(layer.module) for name in layer.tensors]
+
+
+def _read_tensors(layer: Layer) -> list[Tensor]:
+    """Give the tensors that Darknet reads; it writes all of them."""
+    if layer.rules.skip_load:
+        return []
+    names = [name for name in layer.tensors if not (layer.rules.skip_scales and name.endswith(SCALES))]
+    return [attrgetter(name)(layer.module) for name in names]
 
 
 def _ranges(indices: list[int]) -> str:

@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models import Darknet, load_cfg
+from models import Darknet, load_cfg, parse
+from models.layer import Built, Layer
+from models.layers import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures"
 SHIPPED = sorted(ROOT.glob("cfg/*.cfg"))
 INVALID = sorted(FIXTURES.glob("invalid/*.cfg"))
+CLASSIFIER = FIXTURES / "valid/classifier.cfg"
 CFGS = SHIPPED + sorted({*FIXTURES.rglob("*.cfg")} - {*INVALID})
 
 
@@ -24,9 +28,31 @@ def seeded(cfg: Path, seed: int = 0) -> Darknet:
     torch.manual_seed(seed)
     model = Darknet(load_cfg(cfg)).eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (module.weight.data, module.running_var):
                 tensor.uniform_(0.5, 1.5)
             for tensor in (module.bias.data, module.running_mean):
                 tensor.uniform_(-0.5, 0.5)
     return model
+
+
+def build(text: str, *sources: tuple[int, int, int]) -> Layer:
+    """Build one section above layers of the given (channels, height, width)."""
+    section = parse(f"[net]\n{text}").sections[1]
+    below = [Layer(nn.Identity(), (), C, (H, W), (1, 1)) for C, H, W in sources]
+    layer = SECTIONS[section.name](section, Built(below[-1], below))
+    section.cfg.raise_mistakes()
+    return layer
+
+
+def random(*shape: int) -> Tensor:
+    """Draw from the normal distribution."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def run(layer: Layer, *inputs: Tensor) -> np.ndarray:
+    """Run a layer in evaluation mode and check the shape that it declares."""
+    with torch.inference_mode():
+        y = layer.module.eval()(*inputs)
+    assert y.shape[1:] == (layer.channels, *layer.size)
+    return y.numpy()

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CFGS, SHIPPED, name, seeded
+from networks import CFGS, CLASSIFIER, SHIPPED, name, seeded
 from torch import Tensor, nn
 
 from models import Darknet, load_cfg, parse
 from models.darknet import count_parameters
 from models.yolo import decode
+
+DETECTORS = [path for path in CFGS if path != CLASSIFIER]
 
 
 def images(model: Darknet, height: int, width: int, batch: int = 1) -> Tensor:
@@ -22,11 +24,12 @@ def images(model: Darknet, height: int, width: int, batch: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("path", CFGS, ids=name)
+@pytest.mark.parametrize("path", DETECTORS, ids=name)
 def test_fused_and_plain_networks_agree_at_any_size(path: Path) -> None:
     model = seeded(path)
     fused = model.fuse()
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    left = {module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert left <= {*fused.blocks}  # sections of their own, [batchnorm]
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for height, width, batch in ((3, 5, 1), (1, 2, 2)):
         x = images(model, height, width, batch)
@@ -34,7 +37,7 @@ def test_fused_and_plain_networks_agree_at_any_size(path: Path) -> None:
             heads, fused_heads = model(x), fused(x)
         for head, fused_head, spec in zip(heads, fused_heads, model.heads, strict=True):
             cells = [int(side // stride) for side, stride in zip(x.shape[2:], spec.stride, strict=True)]
-            assert list(head.shape) == [batch, len(spec.anchors) * (5 + spec.classes), *cells]
+            assert list(head.shape) == [batch, len(spec.anchors) * spec.entries, *cells]
             assert head.isfinite().all()
             assert (head - fused_head).abs().max() <= 1e-5 * head.abs().max()
 
@@ -59,7 +62,8 @@ def test_parameters_are_as_published(cfg: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cfg", "stride"), [("yolov3", 32), ("yolov3-tiny", 32), ("every_section", 8), ("upsampled_head", 8)]
+    ("cfg", "stride"),
+    [("yolov3", 32), ("yolov3-tiny", 32), ("every_section", 8), ("upsampled_head", 8), ("stock_sections", 8)],
 )
 def test_the_stride_is_the_coarsest_that_the_network_needs(cfg: str, stride: int) -> None:
     (path,) = (path for path in CFGS if path.stem == cfg)
@@ -89,7 +93,7 @@ def test_forward_keeps_only_what_a_later_layer_reads(path: Path) -> None:
     assert len(outputs) == len(model.layers)
 
 
-@pytest.mark.parametrize("path", [path for path in CFGS if path not in SHIPPED], ids=name)
+@pytest.mark.parametrize("path", [path for path in DETECTORS if path not in SHIPPED], ids=name)
 def test_training_and_evaluation_return_the_same_and_every_parameter_learns(path: Path) -> None:
     model = seeded(path)
     x = images(model, 3, 3, batch=2)
@@ -98,7 +102,7 @@ def test_training_and_evaluation_return_the_same_and_every_parameter_learns(path
     assert [head.shape for head in heads] == shapes
     sum(head.square().mean() for head in heads).backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert idle == []
+    assert [name for name in idle if ".self." not in name] == []  # of [crnn]: the state that it reads is zero
 
 
 def sigmoid(x: float) -> float:

@@ -7,58 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CFGS, SHIPPED, name
-from torch import Tensor, nn
+from networks import CFGS, SHIPPED, build, name, random, run
+from numpy_reference import convolve, max_pool, sigmoid
 
-from models import Darknet, load_cfg, parse
+from models import Darknet, load_cfg
 from models.activations import ACTIVATIONS
-from models.layers import SECTIONS, Built, Layer
-
-
-def build(text: str, *sources: tuple[int, int, int]) -> Layer:
-    """Build one section above layers of the given (channels, height, width)."""
-    section = parse(f"[net]\n{text}").sections[1]
-    below = [Layer(nn.Identity(), (), C, (H, W), (1, 1)) for C, H, W in sources]
-    layer = SECTIONS[section.name](section, Built(below[-1], below))
-    section.cfg.raise_mistakes()
-    return layer
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def run(layer: Layer, *inputs: Tensor) -> np.ndarray:
-    with torch.inference_mode():
-        y = layer.module.eval()(*inputs)
-    assert y.shape[1:] == (layer.channels, *layer.size)
-    return y.numpy()
-
-
-def max_pool(x: np.ndarray, size: int, stride: tuple[int, int], padding: int) -> np.ndarray:
-    """Darknet's window starts at -padding/2 and ignores what lies outside."""
-    C, H, W = x.shape
-    h, w = ((side + padding - size) // step + 1 for side, step in zip((H, W), stride, strict=True))
-    y = np.full((C, h, w), -np.inf, x.dtype)
-    for c, i, j in np.ndindex(y.shape):
-        for m, n in np.ndindex(size, size):
-            row, column = i * stride[0] - padding // 2 + m, j * stride[1] - padding // 2 + n
-            if 0 <= row < H and 0 <= column < W:
-                y[c, i, j] = max(y[c, i, j], x[c, row, column])
-    return y
-
-
-def convolve(x: np.ndarray, weight: np.ndarray, stride: tuple[int, int], padding: int, groups: int) -> np.ndarray:
-    """Convolve x [C, H, W] with weight [filters, C/groups, k, k]."""
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
-    filters, per_group, k, _ = weight.shape
-    h, w = ((side - k) // step + 1 for side, step in zip(x.shape[1:], stride, strict=True))
-    y = np.zeros((filters, h, w))
-    for o, i, j in np.ndindex(y.shape):
-        first = o // (filters // groups) * per_group
-        top, left = i * stride[0], j * stride[1]
-        y[o, i, j] = (weight[o] * x[first : first + per_group, top : top + k, left : left + k]).sum()
-    return y
 
 
 @pytest.mark.parametrize("H", [5, 8])
@@ -122,10 +75,6 @@ def test_a_convolution_without_activation_is_logistic_and_has_one_filter() -> No
     conv = layer.module.conv
     raw = convolve(x[0].numpy(), conv.weight.detach().numpy(), (1, 1), 0, 1) + conv.bias.item()
     np.testing.assert_allclose(run(layer, x)[0], 1 / (1 + np.exp(-raw)), atol=1e-6)
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
 
 
 # Darknet's scalar functions; hard_sigmoid is ours

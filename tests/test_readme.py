@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils import lint
 from utils.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,9 @@ def test_python_commands_run(command, tmp_path):
     write_hands(tmp_path / "data/oxfordhand")
     for line in (line for line in COMMANDS if line.startswith("python")):
         words = shlex.split(line)[1:]
+        if words[:2] == ["-m", "utils.lint"]:
+            lint.main(words[2:])
+            continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)
             outcome = command(words[1].replace(".", "/"), *words[2:], *small)

@@ -143,12 +143,14 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
 
 
 def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:
-    """Raise DataError unless every head has one class for each name, and images have one channel or three."""
+    """Raise DataError unless it detects, with one class a name in every head, on pictures of 1 or 3 channels."""
+    if not model.heads:
+        raise DataError(f"{model.cfg.path}: is a classifier (expected a detector, whose cfg has a [yolo] section)")
     mistakes = []
     for head in model.heads:
         section = model.cfg.sections[1 + head.layer]
         if head.classes != len(names):
-            filters = len(head.anchors) * (5 + len(names))
+            filters = len(head.anchors) * (head.entries - head.classes + len(names))
             mistakes.append(
                 f"{model.cfg.path}:{section.line_of('classes')}: the head has classes={head.classes}, but {source}"
                 f" names {len(names)} (set classes={len(names)} here and filters={filters} before it)"

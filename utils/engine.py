@@ -71,13 +71,15 @@ def train_one_epoch(
     device: torch.device,
     accumulate: int,
     title: str,
+    freeze: Callable[[int], None],
     after_backward: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once and return the mean of each part of the loss.
 
     `step_loss` takes inputs [B, C, H, W] and targets [N, 6] and returns the loss and its parts. `accumulate` batches
-    make one optimizer step, the last step of the epoch takes what is left; `after_backward` may add to the gradients
-    before it. Raises DataError when the loss is not finite, before any weight is touched by it.
+    make one optimizer step, the last step of the epoch takes what is left. `freeze` gets the number of the step, from 0
+    on, before its first batch; `after_backward` may add to the gradients before it. Raises DataError when the loss is
+    not finite, before any weight is touched by it.
     """
     trainer.model.train()
     sums: dict[str, float] = defaultdict(float)
@@ -85,6 +87,8 @@ def train_one_epoch(
     for number, batch in enumerate(progress := tqdm(loader, desc=title, unit="batch")):
         if batch.problem:
             raise DataError(batch.problem)
+        if number % accumulate == 0:
+            freeze(trainer.scheduler.last_epoch)
         loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
         if not math.isfinite(value := loss.item()):
             raise DataError(

@@ -3,6 +3,7 @@
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger("darkslim")
 
@@ -20,13 +21,13 @@ class Lines(logging.StreamHandler):
         super().handleError(record)
 
 
-def start_logging(file: Path | None = None) -> None:
-    """Send log lines to standard output and, when `file` is given, append them there too."""
+def start_logging(file: Path | None = None, *, stream: TextIO | None = None) -> None:
+    """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too."""
     log.setLevel(logging.INFO)
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [Lines(sys.stdout)]
+    handlers: list[logging.Handler] = [Lines(stream or sys.stdout)]
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))

@@ -1,0 +1,162 @@
+"""What a builder makes of a section, and the arithmetic that builders share.
+
+A builder reads its section's keys and returns a Layer; a mistake is noted in the section and the builder goes on with
+the nearest thing that can be built, so that one report tells all mistakes of a file.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import nn
+
+from .activations import ACTIVATIONS
+from .cfg import Section
+from .yolo import HeadSpec
+
+MAX_FILTERS, MAX_KERNEL = 65536, 1024  # far beyond any network: larger values are typing mistakes
+MAX_VALUES = 2**30  # weights of a network, values of a map: 4 GiB each, four times those of the largest known
+
+BN_EPS = 1e-6  # OpenCV's; Darknet's 1e-5 differs by less than 4e-4 in any score of real weights (measured)
+BN_MOMENTUM = 0.03  # a short training's statistics settle within some hundred steps
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What any section may say about training and loading its layer."""
+
+    stop_backward: int = 0  # 1: this layer and all before it are frozen, N: during the first N iterations
+    is_detached: bool = False  # no gradient passes back through it
+    train_only_bn: bool = False  # of this layer and all before it only the statistics of batch normalisation move
+    skip_load: bool = False  # a .weights file does not hold it
+    skip_scales: bool = False  # a .weights file holds neither its scales nor its statistics
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A built section. `inputs` are indices of earlier layers (-1: the image), `size` is (height, width) at the cfg's
+    own input size, `stride` the input pixels a cell spans, `tensors` the names of its parameters in .weights order,
+    `flops` counts a multiply-add as two, as Darknet does, `multiple` is what the sides of an input must divide by."""
+
+    module: nn.Module
+    inputs: tuple[int, ...]
+    channels: int
+    size: tuple[int, int]
+    stride: tuple[float, float]
+    tensors: tuple[str, ...] = ()
+    flops: int = 0
+    head: HeadSpec | None = None
+    is_fresh: bool = False  # its channels do not depend on those of its inputs
+    ends_classifier: bool = False
+    multiple: tuple[float, float] = (1, 1)
+    rules: Rules = Rules()
+    guesses: frozenset[str] = frozenset()  # "channels", "size": what a mistake before makes uncertain
+
+
+@dataclass
+class Built:
+    """The layers so far, as the builder of the next one sees them."""
+
+    image: Layer
+    layers: list[Layer] = field(default_factory=list)
+    filters_line: int = 0  # where the last convolution says filters=
+    weights: int = 0  # that were asked for so far
+
+    @property
+    def index(self) -> int:
+        return len(self.layers)
+
+    @property
+    def previous(self) -> Layer:
+        return self.at(self.index - 1)
+
+    def at(self, index: int) -> Layer:
+        """Give the layer of an absolute index; -1 is the image."""
+        return self.layers[index] if index >= 0 else self.image
+
+    def pass_on(self, module: nn.Module) -> Layer:
+        """Make a layer of the previous one's shape."""
+        source = self.previous
+        return Layer(module, (self.index - 1,), source.channels, source.size, source.stride)
+
+    def afford(self, section: Section, weights: int, key: str) -> None:
+        """Count weights before they are made. Raises CfgError where the network gets absurdly large."""
+        self.weights += weights
+        if self.weights > MAX_VALUES:
+            section.fail(f"brings the network to {self.weights:,} weights (expected at most {MAX_VALUES:,})", key)
+            section.cfg.raise_mistakes()
+
+    def mismatch(
+        self, section: Section, sources: Sequence[Layer], kind: str, message: str, key: str = "", *, keys: str = ""
+    ) -> None:
+        """Note that the "channels" or "size" of sources do not fit.
+
+        It is no mistake of its own where an earlier one makes them uncertain, or one of the `keys` that were read.
+        """
+        if section.unsure.isdisjoint(keys.split()) and not any(kind in source.guesses for source in sources):
+            section.fail(message, key)
+
+    def resolve(self, section: Section, key: str) -> list[int]:
+        """Read layer indices, negative ones relative to this layer, and make them absolute."""
+        found = []
+        for written in section.ints(key):
+            index = written + self.index if written < 0 else written
+            if 0 <= index < self.index:
+                found.append(index)
+            else:
+                before = f"layers 0 to {self.index - 1} stand" if self.index else "no layer stands"
+                section.fail(f"{key!r} names layer {written}, but {before} before it", key)
+        return found or [self.index - 1]
+
+
+Builder: TypeAlias = Callable[[Section, Built], Layer]
+
+
+def read_rules(section: Section) -> Rules:
+    """Read the keys that any section may have."""
+    return Rules(
+        section.int("stopbackward", 0, minimum=0),
+        section.flag("onlyforward"),
+        section.flag("train_only_bn"),
+        section.flag("dontload"),
+        section.flag("dontloadscales"),
+    )
+
+
+def read_activation(section: Section, default: str) -> nn.Module:
+    """Read `activation`."""
+    return ACTIVATIONS[section.choice("activation", ACTIVATIONS, default)]()
+
+
+def read_strides(section: Section) -> tuple[int, int]:
+    """Read (stride_y, stride_x), both `stride` where they are not written."""
+    stride = section.int("stride", 1, minimum=1, maximum=MAX_KERNEL)
+    return (
+        section.int("stride_y", stride, minimum=1, maximum=MAX_KERNEL),
+        section.int("stride_x", stride, minimum=1, maximum=MAX_KERNEL),
+    )
+
+
+def slide(section: Section, built: Built, kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:
+    """Give the output size of a sliding window over the previous layer; `padding` counts both sides."""
+    source = built.previous
+    height, width = window(source.size, kernel, stride, padding)
+    if height < 1 or width < 1:
+        message = f"has a window of {kernel}, but its input is only {shape(source)} (padding {padding})"
+        built.mismatch(section, [source], "size", message, "size", keys="size padding pad dilation")
+    return max(1, height), max(1, width)
+
+
+def window(size: tuple[int, int], kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:
+    """Count the places of a window on a map of `size`; `padding` counts both sides."""
+    return (size[0] + padding - kernel) // stride[0] + 1, (size[1] + padding - kernel) // stride[1] + 1
+
+
+def coarser(source: Layer, stride: tuple[int, int]) -> tuple[float, float]:
+    """Give the pixels that a cell spans after a step of `stride` cells."""
+    return source.stride[0] * stride[0], source.stride[1] * stride[1]
+
+
+def shape(layer: Layer) -> str:
+    """Write the size of a map."""
+    return f"{layer.size[0]}×{layer.size[1]}"

@@ -1,0 +1,258 @@
+"""Convolutions: [convolutional] in all its variants, [depthwise], [crnn]."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .cfg import Section
+from .layer import (
+    BN_EPS,
+    BN_MOMENTUM,
+    MAX_FILTERS,
+    MAX_KERNEL,
+    Built,
+    Layer,
+    coarser,
+    read_activation,
+    read_strides,
+    shape,
+    slide,
+    window,
+)
+from .layers_pool import blurred, read_blur
+
+
+class Convolution(nn.Module):
+    """Convolution, batch normalisation (Identity where there is none), activation, and the blur of antialiasing."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, activation: nn.Module, blur: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.activation, self.blur = conv, bn, activation, blur
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blur(self.activation(self.bn(self.conv(x))))
+
+    def fuse(self) -> None:
+        """Fold the batch normalisation into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+
+
+class SharedConvolution(nn.Module):
+    """The weights, bias and batch normalisation of another Convolution with a stride, padding and dilation of its own.
+
+    The owner stands in a tuple, so that its tensors are not listed twice.
+    """
+
+    def __init__(self, owner: Convolution, window: "Window", activation: nn.Module, blur: nn.Module) -> None:
+        super().__init__()
+        self.owner, self.window = (owner,), window
+        self.activation, self.blur = activation, blur
+
+    def forward(self, x: Tensor) -> Tensor:
+        (owner,), (_, stride, padding, dilation, groups) = self.owner, self.window
+        x = F.conv2d(x, owner.conv.weight, owner.conv.bias, stride, padding * dilation, dilation, groups)
+        return self.blur(self.activation(owner.bn(x)))
+
+
+class BinaryConv2d(nn.Conv2d):
+    """XNOR-Net's convolution (https://arxiv.org/abs/1603.05279): weights are ± the filter's mean |w|.
+
+    With `is_xnor` the input is ±1 too, except for the zeros of the padding. Gradients go straight through, to the input
+    where it lies within ±1.
+    """
+
+    def __init__(self, channels: int, filters: int, window: "Window", *, has_bias: bool, is_xnor: bool) -> None:
+        size, stride, padding, dilation, groups = window
+        super().__init__(channels, filters, size, stride, padding * dilation, dilation, groups, has_bias)
+        self.is_xnor = is_xnor
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        binary = torch.where(w > 0, 1.0, -1.0) * w.abs().mean((1, 2, 3), keepdim=True)
+        w = w + (binary - w).detach()
+        if self.is_xnor:
+            clipped = x.clamp(-1, 1)
+            x = clipped + (torch.where(x > 0, 1.0, -1.0) - clipped).detach()
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Crnn(nn.Module):
+    """A convolutional recurrent layer on the first frame, where the state before is zero.
+
+    state = input(x) + self(0), output(state). Darknet carries the state from frame to frame of a video (`track`); here
+    every picture is a first frame. `shortcut` adds the state before, which is zero too.
+    """
+
+    def __init__(self, input_: Convolution, self_: Convolution, output: Convolution) -> None:
+        super().__init__()
+        self.input, self.self, self.output = input_, self_, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        return self.output(x + self.self(torch.zeros_like(x)))
+
+
+class Window(NamedTuple):
+    """What a convolution does to sizes. Darknet dilates the padding as well."""
+
+    size: int
+    stride: tuple[int, int]
+    padding: int
+    dilation: int
+    groups: int
+
+
+def convolutional(section: Section, built: Built) -> Layer:
+    """Build [convolutional]: convolution, optional batch normalisation, activation, optional blur."""
+    return _convolutional(section, built, section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group"))
+
+
+def depthwise(section: Section, built: Built) -> Layer:
+    """Build [depthwise], a convolution with as many groups as channels."""
+    return _convolutional(section, built, built.previous.channels)
+
+
+def crnn(section: Section, built: Built) -> Layer:
+    """Build [crnn]: three convolutions of one window, for one frame (see Crnn)."""
+    source = built.previous
+    hidden = section.int("hidden", 1, minimum=1, maximum=MAX_FILTERS)
+    filters = section.int("output", 1, minimum=1, maximum=MAX_FILTERS)
+    groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS)
+    groups = _check_groups(section, built, groups, (source.channels, hidden, filters), "groups output hidden")
+    window, size = _read_window(section, built, groups, read_strides(section), default_size=3)
+    if size != source.size:
+        message = (
+            f"expects a window that keeps its input's {shape(source)} (stride=1, pad=1), gives {size[0]}×{size[1]}"
+        )
+        built.mismatch(section, [source], "size", message, keys="size stride padding pad dilation")
+    is_xnor, has_bn = section.flag("xnor"), section.flag("batch_normalize")
+    activation = read_activation(section, "logistic")
+    section.flag("shortcut")  # adds the state before, which is zero
+    per_channel = hidden * window.size**2 // groups
+    built.afford(section, per_channel * (source.channels + hidden + filters), "hidden")
+    parts = [
+        _make_convolution(C, out, window, has_bn=has_bn, is_binary=is_xnor, is_xnor=is_xnor)
+        for C, out in ((source.channels, hidden), (hidden, hidden), (hidden, filters))
+    ]
+    names = _tensor_names(has_bn)
+    built.filters_line = section.line_of("output")
+    return Layer(
+        Crnn(*(Convolution(conv, bn, activation, nn.Identity()) for conv, bn in parts)),
+        (built.index - 1,),
+        filters,
+        source.size,
+        source.stride,
+        tuple(f"{part}.{name}" for part in ("input", "self", "output") for name in names),
+        2 * per_channel * (source.channels + hidden + filters) * source.size[0] * source.size[1],
+        is_fresh=True,
+    )
+
+
+def _convolutional(section: Section, built: Built, groups: int) -> Layer:
+    source = built.previous
+    filters = section.int("filters", 1, minimum=1, maximum=MAX_FILTERS)
+    is_xnor = section.flag("xnor")
+    is_binary = section.flag("binary") or is_xnor
+    section.flag("bin_output")  # packs the output of xnor layers into bits, which changes no number
+    groups = 1 if is_xnor else groups
+    groups = _check_groups(section, built, groups, (source.channels, filters), "filters groups group")
+    stride = read_strides(section)
+    blur, own_stride = read_blur(section, stride)
+    window, size = _read_window(section, built, groups, own_stride)
+    has_bn = section.flag("batch_normalize") or section.flag("cbn")  # cbn changes the statistics of training alone
+    activation = read_activation(section, "logistic")
+    weights = filters * (source.channels // groups) * window.size**2
+    owner = _find_owner(section, built, filters, window, has_bn=has_bn, is_binary=is_binary)
+    if owner:
+        module: nn.Module = SharedConvolution(owner, window, activation, blur)
+    else:
+        built.afford(section, weights, "filters")
+        conv, bn = _make_convolution(
+            source.channels, filters, window, has_bn=has_bn, is_binary=is_binary, is_xnor=is_xnor
+        )
+        module = Convolution(conv, bn, activation, blur)
+    built.filters_line = section.line_of("filters")
+    return Layer(
+        module,
+        (built.index - 1,),
+        filters,
+        blurred(section, built, blur, size),
+        coarser(source, stride),
+        () if owner else _tensor_names(has_bn),
+        2 * weights * size[0] * size[1] // (32 if is_xnor else 1),  # Darknet's, as 32 bits go in one step
+        is_fresh=True,
+    )
+
+
+def _read_window(
+    section: Section, built: Built, groups: int, stride: tuple[int, int], *, default_size: int = 1
+) -> tuple[Window, tuple[int, int]]:
+    """Read size, stride, padding and dilation; give them with the size of the output."""
+    kernel = section.int("size", default_size, minimum=1, maximum=MAX_KERNEL)
+    padding = section.int("padding", 0, minimum=0, maximum=MAX_KERNEL)
+    padding = kernel // 2 if section.flag("pad") else padding
+    dilation = section.int("dilation", 1, minimum=1, maximum=MAX_KERNEL)
+    dilation = 1 if kernel == 1 else dilation
+    size = slide(section, built, kernel, stride, 2 * padding)
+    source, reach = built.previous, dilation * (kernel - 1) + 1
+    if dilation > 1 and window(source.size, reach, stride, 2 * padding * dilation) != size:
+        message = f"expects a padding of size/2 for dilation={dilation}, gets {padding} (set pad=1)"
+        built.mismatch(section, [source], "size", message, "dilation", keys="size dilation padding pad stride")
+    return Window(kernel, stride, padding, dilation, groups), size
+
+
+def _check_groups(section: Section, built: Built, groups: int, counts: tuple[int, ...], keys: str) -> int:
+    if all(count % groups == 0 for count in counts):
+        return groups
+    message = (
+        f"expects groups={groups} to divide its {counts[0]} inputs and {' and '.join(map(str, counts[1:]))} filters"
+    )
+    built.mismatch(section, [built.previous], "channels", message, "groups", keys=keys)
+    return 1
+
+
+def _make_convolution(
+    channels: int, filters: int, window: Window, *, has_bn: bool, is_binary: bool, is_xnor: bool
+) -> tuple[nn.Conv2d, nn.Module]:
+    size, stride, padding, dilation, groups = window
+    conv = (
+        BinaryConv2d(channels, filters, window, has_bias=not has_bn, is_xnor=is_xnor)
+        if is_binary
+        else nn.Conv2d(channels, filters, size, stride, padding * dilation, dilation, groups, bias=not has_bn)
+    )
+    return conv, nn.BatchNorm2d(filters, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
+
+
+def _tensor_names(has_bn: bool) -> tuple[str, ...]:
+    names = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var") if has_bn else ("conv.bias",)
+    return (*names, "conv.weight")
+
+
+def _find_owner(
+    section: Section, built: Built, filters: int, window: Window, *, has_bn: bool, is_binary: bool
+) -> Convolution | None:
+    """Read `share_index` and give the convolution that it names, if this one can be told to share its weights."""
+    if "share_index" not in section.options:
+        section.known.add("share_index")
+        return None
+    (index,) = built.resolve(section, "share_index")[:1]
+    module = built.at(index).module
+    module = module.owner[0] if isinstance(module, SharedConvolution) else module
+    if not isinstance(module, Convolution):
+        section.fail(f"'share_index' names layer {index}, which is no convolution", "share_index")
+        return None
+    conv = module.conv
+    if is_binary or isinstance(conv, BinaryConv2d):
+        section.fail("'share_index' and binary weights do not go together", "share_index")
+        return module
+    wanted = (filters, built.previous.channels // window.groups, window.size, window.size)
+    is_alike = tuple(conv.weight.shape) == wanted and isinstance(module.bn, nn.BatchNorm2d) == has_bn
+    if not is_alike or conv.groups != window.groups:
+        message = f"'share_index' names layer {index}, whose weights, groups or batch_normalize differ"
+        sources = [built.previous, built.at(index)]
+        built.mismatch(section, sources, "channels", message, "share_index", keys="filters size groups group")
+    return module
