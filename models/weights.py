@@ -62,15 +62,15 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
     """Fill every layer of `model` whose tensors all stand in `state` with the same shapes."""
     own, filled = model.state_dict(), []
     for index, layer in enumerate(model.layers):
-        names = [f"blocks.{index}.{name}" for name in layer.tensors]
+        names = _state_names(index, layer)
         if all(getattr(state.get(name), "shape", None) == own[name].shape for name in names):
-            for name in names:
-                if not state[name].isfinite().all():
-                    raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
-                own[name].copy_(state[name])
+            if not all(state[name].isfinite().all() for name in names):
+                raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
             filled.append(index)
     if not any(model.layers[index].tensors for index in filled):
         raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
+    for name in (name for index in filled for name in _state_names(index, model.layers[index])):
+        own[name].copy_(state[name])  # all has been checked: a refused file changes nothing
     return filled
 
 
@@ -190,6 +190,10 @@ def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, in
 def _ends(model: Darknet) -> list[int]:
     """Count the values of a `.weights` file up to the end of every layer."""
     return list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer)) for layer in model.layers))
+
+
+def _state_names(index: int, layer: Layer) -> list[str]:
+    return [f"blocks.{index}.{name}" for name in layer.tensors]
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
