@@ -21,10 +21,11 @@ HEADER = struct.pack("<3iq", 0, 2, 5, 0)
 DETECTORS = sorted({*STOCK, *BEYOND, *OTHERS, "Gaussian_yolov3_BDD"})  # the 44, the [region] family, and others
 SMALL = sorted({*QUICK, "yolov3-tiny_occlusion_track", "yolov4-tiny_contrastive"})
 
-# Backbones as Darknet's users cut them: the file, the cfg it is for, its first layers and their bytes
-# (darknet-format.md, "Partials").
+# Backbones as Darknet's users cut them: the file, a cfg that starts with it, its layers and its bytes
+# (darknet-format.md, "Partials"). The classifiers are what two of them are cut from.
 BACKBONES = [
     ("darknet53.conv.74", "yolov3", 74, 162_482_580),
+    ("darknet53.conv.74", "darknet53", 74, 162_482_580),
     ("darknet53.conv.74", "Gaussian_yolov3_BDD", 74, 162_482_580),
     ("yolov3-tiny.conv.11", "yolov3-tiny", 11, 6_303_188),
     ("yolov3-tiny.conv.15", "yolov3-tiny", 15, 30_973_396),
@@ -33,6 +34,7 @@ BACKBONES = [
     ("yolov4-tiny.conv.29", "yolov4-tiny", 29, 19_789_716),
     ("csresnext50-panet-spp.conv.112", "csresnext50-panet-spp", 112, 140_311_316),
     ("enetb0-coco.conv.132", "enet-coco", 132, 14_436_180),
+    ("enetb0-coco.conv.132", "efficientnet_b0", 132, 14_436_180),
     ("yolov7-tiny.conv.87", "yolov7-tiny", 87, 17_843_092),
     ("yolov7.conv.132", "yolov7", 132, 121_266_068),
     ("yolov7x.conv.147", "yolov7x", 147, 244_607_860),
