@@ -73,12 +73,13 @@ TEXT = f"""\
 ```
 
 writes this table. Random weights are written, read into a second network and written again: `written` are the bytes of
-that file, and `again` says whether both files are equal. `expected` are the bytes that another program, or a real file,
-has. `OpenCV` is the largest difference between our raw head maps and those of OpenCV 4.14's `readNetFromDarknet` on
-the same seeded weights and picture, relative to the largest value of the map (`make opencv-reference`,
-`tests/test_opencv.py`: at most 1e-4). Where OpenCV does not load a network, or reads it wrong, its sections are
-compared with plain numpy in `tests/test_sections.py`, and `tests/test_real_weights.py` compares detections of real
-weights with those of the original Darknet and of OpenCV."""
+that file, and `again` says whether both files are equal. `expected` are the bytes that another program, or a real file
+with a header of 20 bytes, has. That a file which ends on a layer fills the layers before, and any other is refused,
+`tests/test_partial_weights.py` tries on every detector. `OpenCV` is the largest difference between our raw head maps
+and those of OpenCV 4.14's `readNetFromDarknet` on the same seeded weights and picture, relative to the largest value of
+the map (`make opencv-reference`, `tests/test_opencv.py`: at most 1e-4). Where OpenCV does not load a network, or reads
+it wrong, its sections are compared with plain numpy in `tests/test_sections.py`, and `tests/test_real_weights.py`
+compares detections of real weights with those of the original Darknet and of OpenCV."""
 
 
 def expected_bytes() -> dict[str, int]:

@@ -53,8 +53,8 @@ REFUSED: dict[str, str] = {
     "history": "is a recurrent model of video",
     "local": "is a layer of YOLOv1 (locally connected)",
     "detection": "is the head of YOLOv1",
-    "lrn": "is local response normalisation, which no detector has",
-    "normalization": "is local response normalisation, which no detector has",
+    "lrn": "is local response normalisation",
+    "normalization": "is local response normalisation",
     "implicit": "is a layer of YOLOR",
 }
 

@@ -109,6 +109,17 @@ class Crop(nn.Module):
         return 2 * x - 1 if self.is_adjusted else x
 
 
+class Activation(nn.Module):
+    """An activation of a map that other layers may read too: most activations work in place, so it takes a copy."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x.clone())
+
+
 def read_blur(section: Section, stride: tuple[int, int]) -> tuple[nn.Module, tuple[int, int]]:
     """Read `antialiasing`: the blur that takes over `stride`, and the stride that is left to the layer itself."""
     kind = section.int("antialiasing", 0, minimum=0, maximum=2)
@@ -213,7 +224,7 @@ def dropout(section: Section, built: Built) -> Layer:
 
 def activation(section: Section, built: Built) -> Layer:
     """Build [activation]."""
-    return built.pass_on(read_activation(section, "linear"))
+    return built.pass_on(Activation(read_activation(section, "linear")))
 
 
 def empty(section: Section, built: Built) -> Layer:

@@ -62,15 +62,15 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
     """Fill every layer of `model` whose tensors all stand in `state` with the same shapes."""
     own, filled = model.state_dict(), []
     for index, layer in enumerate(model.layers):
-        names = [f"blocks.{index}.{name}" for name in layer.tensors]
+        names = _state_names(index, layer)
         if all(getattr(state.get(name), "shape", None) == own[name].shape for name in names):
-            for name in names:
-                if not state[name].isfinite().all():
-                    raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
-                own[name].copy_(state[name])
+            if not all(state[name].isfinite().all() for name in names):
+                raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
             filled.append(index)
     if not any(model.layers[index].tensors for index in filled):
         raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
+    for name in (name for index in filled for name in _state_names(index, model.layers[index])):
+        own[name].copy_(state[name])  # all has been checked: a refused file changes nothing
     return filled
 
 
@@ -134,6 +134,21 @@ def describe(model: Darknet, filled: list[int]) -> str:
     return f"{_ranges(filled)} of {len(model.layers)}"
 
 
+def count_layers(model: Darknet, values: int, path: str | Path) -> int:
+    """Count the layers that a `.weights` file of so many values fills, those without parameters among them.
+
+    Raises WeightsError where it ends inside a layer or goes on behind the last.
+    """
+    ends = _ends(model)
+    count = sum(end <= values for end in ends)  # layers that the file reaches the end of
+    held = f"the file holds {values} values, {model.cfg.path} takes {ends[-1]}"
+    if values > ends[-1]:
+        raise WeightsError(f"{path}: is too long: {held} (the weights of another cfg?)")
+    if values == 0 or values != ends[count - 1]:
+        raise WeightsError(f"{path}: ends inside layer {count}: {held} (cut off, or the weights of another cfg?)")
+    return count
+
+
 def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
     try:
         data = Path(path).read_bytes()
@@ -145,18 +160,11 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
             f"{path}: its {len(data) - offset} bytes of values are no multiple of 4 (damaged or cut off)"
         )
     values = np.frombuffer(data, "<f4", offset=offset)
-    ends = list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer)) for layer in model.layers))
-    count = sum(end <= len(values) for end in ends)  # layers that the file reaches the end of
-    held = f"the file holds {len(values)} values, {model.cfg.path} takes {ends[-1]}"
-    if len(values) > ends[-1]:
-        raise WeightsError(f"{path}: is too long: {held} (the weights of another cfg?)")
-    if len(values) == 0 or len(values) != ends[count - 1]:
-        raise WeightsError(f"{path}: ends inside layer {count}: {held} (cut off, or the weights of another cfg?)")
+    count = count_layers(model, len(values), path)
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise WeightsError(
-            f"{path}: holds NaN or infinity in layer {sum(end <= bad for end in ends)} (a failed training?)"
-        )
+        layer = sum(end <= bad for end in _ends(model))
+        raise WeightsError(f"{path}: holds NaN or infinity in layer {layer} (a failed training?)")
     start = 0
     with torch.no_grad():
         for tensor in (tensor for layer in model.layers[:count] for tensor in _read_tensors(layer)):
@@ -177,6 +185,15 @@ def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, in
     is_long = major * 10 + minor >= 2 and len(data) >= 20
     (seen,) = struct.unpack_from("<q" if is_long else "<i", data, 12)
     return (major, minor, revision, seen), 20 if is_long else 16
+
+
+def _ends(model: Darknet) -> list[int]:
+    """Count the values of a `.weights` file up to the end of every layer."""
+    return list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer)) for layer in model.layers))
+
+
+def _state_names(index: int, layer: Layer) -> list[str]:
+    return [f"blocks.{index}.{name}" for name in layer.tensors]
 
 
 def _tensors(layer: Layer) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 from networks import ROOT
 from test_opencv import STOCK
 
-from benchmarks.compatibility import BEYOND, expected_bytes
+from benchmarks.compatibility import BEYOND, TEXT, expected_bytes
 from utils import lint
 
 DOCUMENT = (ROOT / "docs/darknet-compatibility.md").read_text(encoding="utf-8")
@@ -16,6 +16,10 @@ def rows() -> dict[str, list[str]]:
     """Give the cells of every row of the document by the cfg in its first."""
     lines = [line.strip("| ").split(" | ") for line in DOCUMENT.splitlines() if line.startswith("| ")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_the_document_opens_as_its_command_writes_it() -> None:
+    assert DOCUMENT.startswith(TEXT)
 
 
 def test_the_44_stock_detectors_are_listed_and_whole() -> None:

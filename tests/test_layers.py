@@ -124,6 +124,15 @@ def test_activation(activation: str) -> None:
     )
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_section_leaves_the_map_that_others_read(activation: str) -> None:
+    layer, x = build(f"[activation]\nactivation={activation}", (4, 2, 3)), random(1, 4, 2, 3)
+    before = x.clone()
+    expected = ACTIVATIONS[activation]()(x.clone())
+    assert np.array_equal(run(layer, x), expected.numpy())
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("activation", CHANNEL_FORMULAS)
 def test_activation_over_the_channels(activation: str) -> None:
     x = random(2, 5, 3, 4)

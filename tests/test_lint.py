@@ -170,6 +170,13 @@ def test_receptive_field_of_a_global_mean_is_the_picture() -> None:
     assert lint.receptive_fields(model) == [(2, 2), (32, 64), (32, 64), (32, 64)]
 
 
+# Table 1 of the YOLOv4 paper (https://arxiv.org/abs/2004.10934): CSPDarknet53 725×725, CSPResNeXt50 425×425
+@pytest.mark.parametrize(("cfg", "layer", "pixels"), [("yolov4", 104, 725), ("csresnext50-panet-spp", 78, 425)])
+def test_receptive_fields_of_backbones_are_the_papers(cfg: str, layer: int, pixels: int, shared_data: Path) -> None:
+    verdict = lint.judge(str(shared_data / f"darknet/official-cfg/{cfg}.cfg"))
+    assert lint.receptive_fields(verdict.model)[layer] == (pixels, pixels)
+
+
 def test_table_of_several_files(call) -> None:
     status, out = call(ROOT / "cfg/yolov3-tiny.cfg", ROOT / "tests/fixtures/tiny.cfg")
     header, first, second = out.splitlines()

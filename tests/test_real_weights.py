@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from networks import seeded
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
@@ -246,3 +247,19 @@ def test_official_cfgs_have_their_size_and_run_or_are_refused(shared_data: Path)
         sizes[path.stem] = 20 + 4 * sum(state[name].numel() for name in names)
     assert refused == REFUSED
     assert {name: sizes[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar", "darknet", "densenet201", "efficientnet_b0", "efficientnet-lite3", "resnet50"]
+)
+def test_official_classifiers_give_class_scores(name: str, shared_data: Path) -> None:
+    model = seeded(shared_data / f"darknet/official-cfg/{name}.cfg")
+    height, width = model.size
+    picture = cv2.resize(read(shared_data / "images/alexeyab/data/dog.jpg"), (width, height)) / np.float32(255)
+    with torch.inference_mode():
+        (scores,) = model(tensor(picture))
+    assert model.heads == []
+    assert scores.shape == (1, 10 if name == "cifar" else 1000, 1, 1)
+    assert scores.sum() == pytest.approx(1, abs=1e-4)
+    assert scores.min() >= 0
+    assert scores.max() > 1.2 / scores.numel()  # not the same for every class

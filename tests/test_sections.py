@@ -24,7 +24,8 @@ from numpy_reference import (
 )
 from torch import Tensor, nn
 
-from models import Darknet, parse
+from models import CfgError, Darknet, parse
+from models.layers import REFUSED
 
 NET = "[net]\nheight=12\nwidth=16\nchannels=3\n"
 HEAD = "[convolutional]\nfilters=6\nactivation=linear\n[yolo]\nanchors=9,9\nclasses=1\n"
@@ -370,3 +371,13 @@ def test_a_classifier_returns_its_scores() -> None:
     (trained,) = model.train()(x)
     trained.square().sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_of_another_kind_is_refused_in_one_clear_line(name: str) -> None:
+    with pytest.raises(CfgError) as caught:
+        Darknet(parse(f"{NET}[nonsense]\n[{name}]\nfilters=x\n", "x.cfg"))
+    message = str(caught.value)
+    assert message.startswith(f"x.cfg:6: [{name}] is ")
+    assert message.endswith(", which Darkslim does not build")
+    assert (message.count("\n"), message.count(", which")) == (0, 1)

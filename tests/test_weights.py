@@ -235,7 +235,7 @@ class Foreign:
         ("list", "is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')"),
         ("numbers", "no layer of it fits CFG (was it made with another cfg?)"),
         ("other network", "no layer of it fits CFG (was it made with another cfg?)"),
-        ("nan", "holds NaN or infinity in layer 0 (a failed training?)"),
+        ("nan", "holds NaN or infinity in layer 19 (a failed training?)"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(
@@ -243,8 +243,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, path = seeded(CFG), tmp_path / "x.pt"
-    whole = checkpoint(model)
-    broken = model.state_dict() | {"blocks.0.bn.bias": torch.full((8,), torch.nan)}
+    whole = checkpoint(seeded(CFG, seed=1))
+    broken = whole["model"] | {"blocks.19.conv.bias": torch.full((16,), torch.nan)}
     torch.save(whole, path)
     match content:
         case "truncated":
