@@ -129,12 +129,10 @@ def read_activation(section: Section, default: str) -> nn.Module:
 
 
 def read_strides(section: Section) -> tuple[int, int]:
-    """Read (stride_y, stride_x), both `stride` where they are not written."""
+    """Read (stride_y, stride_x), both `stride` where they are not written or below 1, as Darknet's -1 is."""
     stride = section.int("stride", 1, minimum=1, maximum=MAX_KERNEL)
-    return (
-        section.int("stride_y", stride, minimum=1, maximum=MAX_KERNEL),
-        section.int("stride_x", stride, minimum=1, maximum=MAX_KERNEL),
-    )
+    y, x = (section.int(key, stride, minimum=-1, maximum=MAX_KERNEL) for key in ("stride_y", "stride_x"))
+    return (y if y > 0 else stride), (x if x > 0 else stride)
 
 
 def slide(section: Section, built: Built, kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:

@@ -43,6 +43,7 @@ def test_maxpool_reads_its_keys_as_darknet_does() -> None:
         ("size=5\npad=1\nstride=2", (2, 2), 2, 1),
         ("size=2\npad=1\nstride=2", (2, 2), 1, 1),
         ("size=3\npadding=2\nstride_x=2", (1, 2), 2, 1),
+        ("size=3\npadding=2\nstride=2\nstride_x=-1", (2, 2), 2, 1),
         ("size=5\npad=1\npadding=1\nstride_y=3", (3, 1), 2, 1),  # pad wins
         ("size=3\npad=1\ngroups=2", (1, 1), 1, 2),
         ("size=3\npad=1\ngroup=4", (1, 1), 1, 4),

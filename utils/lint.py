@@ -168,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.keys:
         print(reference(), end="")
         return
-    if args.json:
-        start_logging(stream=sys.stderr)
+    start_logging(stream=sys.stderr)  # standard output is for the figures
     verdicts = [judge(path) for path in args.files]
     if args.json:
         print(json.dumps([figures(verdict) for verdict in verdicts], indent=1))
