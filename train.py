@@ -102,13 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
-    pictures = Pictures(train_set, model.channels, recipe, args.seed)
-    if args.cache_images:
-        pictures.cache_in_memory(sizes[-1])
-    mosaic_epochs = round(args.epochs * (1 - recipe.close_mosaic))
-    batches = TrainingBatches(
-        train_set.sizes, args.batch_size, sizes, args.seed, mosaic_epochs, args.rect, model.stride
-    )
+    pictures, batches = training_pictures(model, train_set, sizes, recipe, args)
     draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
     loader = make_loader(pictures, batches, workers=args.workers)
     accumulate = batches_per_step(recipe, args.batch_size, args.epochs * len(loader))
@@ -194,6 +188,18 @@ def training_sizes(model: Darknet, args: argparse.Namespace) -> tuple[list[tuple
     if low == high:  # one size: half as large again either way
         low, high = round(low / 1.5 / stride) * stride, round(high * 1.5 / stride) * stride
     return [cli.network_size(model, longer) for longer in range(max(low, stride), high + 1, stride)], test
+
+
+def training_pictures(
+    model: Darknet, train_set: Labelled, sizes: list[tuple[int, int]], recipe: Recipe, args: argparse.Namespace
+) -> tuple[Pictures, TrainingBatches]:
+    """Give the augmented pictures, in memory where asked, and the batches that are drawn from them."""
+    pictures = Pictures(train_set, model.channels, recipe, args.seed)
+    if args.cache_images:
+        pictures.cache_in_memory(sizes[-1])
+    mosaic_epochs = round(args.epochs * (1 - recipe.close_mosaic))
+    shapes, stride = train_set.sizes, model.stride
+    return pictures, TrainingBatches(shapes, args.batch_size, sizes, args.seed, mosaic_epochs, args.rect, stride)
 
 
 def make_step_loss(model: Darknet, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> StepLoss:
