@@ -1,7 +1,7 @@
 """The table of sections: a name, and the builder that makes a Layer of it; and what the table leaves out."""
 
 from .layer import Builder
-from .layers_conv import convolutional, crnn, depthwise
+from .layers_conv import convolutional, crnn, depthwise, quan_convolutional
 from .layers_dense import batchnorm, connected
 from .layers_head import contrastive, cost, gaussian_yolo, region, softmax, yolo
 from .layers_merge import route, sam, scale_channels, shortcut
@@ -12,6 +12,8 @@ SECTIONS: dict[str, Builder] = {
     "convolutional": convolutional,
     "conv": convolutional,
     "depthwise": depthwise,
+    "quan_convolutional": quan_convolutional,
+    "quantize_convolutional": quan_convolutional,
     "connected": connected,
     "conn": connected,
     "batchnorm": batchnorm,
@@ -79,6 +81,8 @@ TRAINER_KEYS: dict[str, list[str]] = dict.fromkeys((*SECTIONS, *MACROS), LAYER_K
     "network": NET_KEYS,
     "convolutional": LAYER_KEYS + CONV_KEYS,
     "conv": LAYER_KEYS + CONV_KEYS,
+    "quan_convolutional": LAYER_KEYS + CONV_KEYS,
+    "quantize_convolutional": LAYER_KEYS + CONV_KEYS,
     "crop": LAYER_KEYS + "flip angle saturation exposure shift".split(),
     "dropout": LAYER_KEYS + "dropblock dropblock_size_rel dropblock_size_abs".split(),
     "yolo": LAYER_KEYS + YOLO_KEYS,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "models/cfg.py": 0,
     "models/activations.py": 1,
+    "models/quant.py": 1,
     "models/yolo.py": 1,
     "models/layer.py": 1,
     "models/layers_conv.py": 2,

@@ -62,6 +62,7 @@ CONVOLUTION = {
     "cbn": "1: as `batch_normalize`; it changes the statistics of training alone",
     "share_index": "layer whose weights, bias and batch normalisation are used",
 }
+GROUPS = {"groups": "groups of channels that are convolved apart; as many as channels: depthwise"}
 BLUR = {"antialiasing": CONVOLUTION["antialiasing"]}
 HEAD = {
     "anchors": "pairs of width and height in pixels of the network's input",
@@ -87,11 +88,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         "dontload": "1: a .weights file that is read holds nothing of the layer",
         "dontloadscales": "1: a .weights file that is read holds neither its scales nor its statistics",
     },
-    "convolutional": {
-        **CONVOLUTION,
-        "groups": "groups of channels that are convolved apart; as many as channels: depthwise",
-    },
+    "convolutional": {**CONVOLUTION, **GROUPS},
     "depthwise": CONVOLUTION,
+    "quan_convolutional": {
+        **CONVOLUTION,
+        **GROUPS,
+        **dict.fromkeys(("binary", "xnor"), "0; `w_bits=1` and `a_bits=1` are what it has instead"),
+        "w_bits": "bits of the weights, 1 to 16; 32: floating point",
+        "a_bits": "bits of the inputs, 1 to 16; 32: floating point",
+        "a_range": "value at which the inputs saturate; negative ones become 0",
+    },
     "connected": {
         "output": "output channels",
         "batch_normalize": WINDOW["batch_normalize"],
@@ -162,6 +168,7 @@ MEANINGS: dict[str, dict[str, str]] = {
 VARIANTS: dict[str, tuple[str, ...]] = {
     "convolutional": ("share_index=0",),
     "depthwise": ("share_index=0",),
+    "quan_convolutional": ("share_index=0",),
     "yolo": ("num=2",),
     "Gaussian_yolo": ("num=2",),
 }
