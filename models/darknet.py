@@ -11,6 +11,7 @@ from .layer import MAX_VALUES, Built, Layer, Rules, read_rules
 from .layers import REFUSED, SECTIONS, TRAINER_KEYS
 from .layers_conv import Convolution
 from .layers_dense import Connected
+from .macros import MACROS, primitives
 from .yolo import HeadSpec, decode
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
@@ -21,7 +22,8 @@ class Darknet(nn.Module):
 
     `forward` takes images [B, channels, H, W] in 0..1 (RGB) and returns the raw map [B, A*entries, h, w] of every head,
     in the cfg's order and in every mode; `decode` makes boxes of them. A classifier has no `heads`: it returns one map,
-    its scores. Raises CfgError with all mistakes of the file, before anything is allocated.
+    its scores. `cfg` is the cfg as written, `expanded` has primitive sections in place of macros, one for each layer.
+    Raises CfgError with all mistakes of the file, before anything is allocated.
     """
 
     def __init__(self, cfg: Cfg, *, allow_unknown: bool = False) -> None:
@@ -31,6 +33,8 @@ class Darknet(nn.Module):
             tried = copy.deepcopy(cfg)  # building marks what it reads
             _check(_build(tried), tried, allow_unknown=allow_unknown)
         built = _build(self.cfg)
+        sections = [self.cfg.sections[0], *built.sections]
+        self.expanded = self.cfg if built.places is None else Cfg(cfg.path, self.cfg.preamble, sections)
         self.layers = built.layers
         self.size, self.channels = built.image.size, built.image.channels  # (height, width) as [net] asks for
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)
@@ -88,7 +92,7 @@ class Darknet(nn.Module):
         rows = [
             f"{'layer':>5}  {'section':<16}{'from':>12}{'channels':>9}{'output':>11}{'parameters':>12}{'BFLOPs':>8}"
         ]
-        for index, (layer, section) in enumerate(zip(self.layers, self.cfg.sections[1:], strict=True)):
+        for index, (layer, section) in enumerate(zip(self.layers, self.expanded.sections[1:], strict=True)):
             inputs = ",".join(map(str, layer.inputs)) if layer.inputs != (index - 1,) else ""
             output = f"{layer.size[0]}x{layer.size[1]}"
             count = sum(parameter.numel() for parameter in layer.module.parameters())
@@ -120,11 +124,11 @@ def _build(cfg: Cfg) -> Built:
     channels = net.int("channels", 3, minimum=1, maximum=MAX_CHANNELS)
     built = Built(Layer(nn.Identity(), (), channels, (size[0], size[1]), (1, 1)))
     _check_size(net, built.image)
-    for section in cfg.sections[1:]:
+    for section in primitives(cfg, built):
         builder = SECTIONS.get(section.name)
         rules = read_rules(section)
         if builder is None:
-            section.fail(f"is no section (expected {suggest(section.name, SECTIONS)})")
+            section.fail(f"is no section (expected {suggest(section.name, {*SECTIONS, *MACROS})})")
             section.known.update(section.options)
             layer = replace(built.previous, inputs=(built.index - 1,), head=None, tensors=(), rules=Rules())
         else:

@@ -61,6 +61,9 @@ class Built:
     layers: list[Layer] = field(default_factory=list)
     filters_line: int = 0  # where the last convolution says filters=
     weights: int = 0  # that were asked for so far
+    sections: list[Section] = field(default_factory=list)  # of the layers, as the expanded cfg has them
+    places: list[int] | None = None  # after a macro: the last layer of every section that is written in the cfg
+    renumbered: dict[str, str] = field(default_factory=dict)  # index keys of this section, as they count layers
 
     @property
     def index(self) -> int:
@@ -97,15 +100,22 @@ class Built:
             section.fail(message, key)
 
     def resolve(self, section: Section, key: str) -> list[int]:
-        """Read layer indices, negative ones relative to this layer, and make them absolute."""
-        found = []
+        """Read layer indices, negative ones relative to this layer, and make them absolute.
+
+        They count written sections: where a macro makes several layers of one, it is the last of them.
+        """
+        places = range(self.index) if self.places is None else self.places
+        found, values = [], []
         for written in section.ints(key):
-            index = written + self.index if written < 0 else written
-            if 0 <= index < self.index:
-                found.append(index)
+            index = written + len(places) if written < 0 else written
+            if 0 <= index < len(places):
+                found.append(places[index])
+                values.append(places[index] - self.index if written < 0 else places[index])
             else:
-                before = f"layers 0 to {self.index - 1} stand" if self.index else "no layer stands"
+                before = f"layers 0 to {len(places) - 1} stand" if places else "no layer stands"
                 section.fail(f"{key!r} names layer {written}, but {before} before it", key)
+        if self.places is not None and found:
+            self.renumbered[key] = ",".join(map(str, values))
         return found or [self.index - 1]
 
 

@@ -1,16 +1,19 @@
 """The table of sections: a name, and the builder that makes a Layer of it; and what the table leaves out."""
 
 from .layer import Builder
-from .layers_conv import convolutional, crnn, depthwise
+from .layers_conv import convolutional, crnn, depthwise, quan_convolutional
 from .layers_dense import batchnorm, connected
 from .layers_head import contrastive, cost, gaussian_yolo, region, softmax, yolo
 from .layers_merge import route, sam, scale_channels, shortcut
 from .layers_pool import activation, avgpool, crop, dropout, empty, local_avgpool, maxpool, reorg, reorg3d, upsample
+from .macros import MACROS
 
 SECTIONS: dict[str, Builder] = {
     "convolutional": convolutional,
     "conv": convolutional,
     "depthwise": depthwise,
+    "quan_convolutional": quan_convolutional,
+    "quantize_convolutional": quan_convolutional,
     "connected": connected,
     "conn": connected,
     "batchnorm": batchnorm,
@@ -73,11 +76,13 @@ YOLO_KEYS = """max jitter resize ignore_thresh truth_thresh iou_thresh random ob
     iou_normalizer obj_normalizer cls_normalizer delta_normalizer uc_normalizer max_delta iou_loss iou_thresh_kind
     counters_per_class focal_loss show_details map beta1 embedding_layer track_history_size sim_thresh dets_for_track
     dets_for_show track_ciou_norm""".split()
-TRAINER_KEYS: dict[str, list[str]] = dict.fromkeys(SECTIONS, LAYER_KEYS) | {
+TRAINER_KEYS: dict[str, list[str]] = dict.fromkeys((*SECTIONS, *MACROS), LAYER_KEYS) | {
     "net": NET_KEYS,
     "network": NET_KEYS,
     "convolutional": LAYER_KEYS + CONV_KEYS,
     "conv": LAYER_KEYS + CONV_KEYS,
+    "quan_convolutional": LAYER_KEYS + CONV_KEYS,
+    "quantize_convolutional": LAYER_KEYS + CONV_KEYS,
     "crop": LAYER_KEYS + "flip angle saturation exposure shift".split(),
     "dropout": LAYER_KEYS + "dropblock dropblock_size_rel dropblock_size_abs".split(),
     "yolo": LAYER_KEYS + YOLO_KEYS,

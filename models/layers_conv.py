@@ -1,4 +1,4 @@
-"""Convolutions: [convolutional] in all its variants, [depthwise], [crnn]."""
+"""Convolutions: [convolutional] in all its variants, [depthwise], [quan_convolutional], [crnn]."""
 
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ from .layer import (
     window,
 )
 from .layers_pool import blurred, read_blur
+from .quant import FLOAT_BITS, Grid, QuantConv2d
+
+MAX_BITS = 16  # of a quantiser: levels that float32 still tells apart after a division
 
 
 class Convolution(nn.Module):
@@ -36,7 +39,9 @@ class Convolution(nn.Module):
         return self.blur(self.activation(self.bn(self.conv(x))))
 
     def fuse(self) -> None:
-        """Fold the batch normalisation into the convolution."""
+        """Fold the batch normalisation into the convolution, whose quantised weights are baked before."""
+        if isinstance(self.conv, QuantConv2d):
+            self.conv.bake()
         if isinstance(self.bn, nn.BatchNorm2d):
             self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
@@ -116,6 +121,13 @@ def depthwise(section: Section, built: Built) -> Layer:
     return _convolutional(section, built, built.previous.channels)
 
 
+def quan_convolutional(section: Section, built: Built) -> Layer:
+    """Build [quan_convolutional], a convolution with DoReFa's quantised weights and quantised inputs."""
+    groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group")
+    w_bits, a_bits = _read_bits(section, "w_bits"), _read_bits(section, "a_bits")
+    return _convolutional(section, built, groups, Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6)))
+
+
 def crnn(section: Section, built: Built) -> Layer:
     """Build [crnn]: three convolutions of one window, for one frame (see Crnn)."""
     source = built.previous
@@ -152,11 +164,13 @@ def crnn(section: Section, built: Built) -> Layer:
     )
 
 
-def _convolutional(section: Section, built: Built, groups: int) -> Layer:
+def _convolutional(section: Section, built: Built, groups: int, grid: Grid | None = None) -> Layer:
     source = built.previous
     filters = section.int("filters", 1, minimum=1, maximum=MAX_FILTERS)
     is_xnor = section.flag("xnor")
     is_binary = section.flag("binary") or is_xnor
+    if is_binary and grid:
+        section.fail("quantises by w_bits and a_bits, not by binary=1 or xnor=1", "xnor" if is_xnor else "binary")
     section.flag("bin_output")  # packs the output of xnor layers into bits, which changes no number
     groups = 1 if is_xnor else groups
     groups = _check_groups(section, built, groups, (source.channels, filters), "filters groups group")
@@ -166,13 +180,13 @@ def _convolutional(section: Section, built: Built, groups: int) -> Layer:
     has_bn = section.flag("batch_normalize") or section.flag("cbn")  # cbn changes the statistics of training alone
     activation = read_activation(section, "logistic")
     weights = filters * (source.channels // groups) * window.size**2
-    owner = _find_owner(section, built, filters, window, has_bn=has_bn, is_binary=is_binary)
+    owner = _find_owner(section, built, filters, window, has_bn=has_bn, is_plain=not is_binary and grid is None)
     if owner:
         module: nn.Module = SharedConvolution(owner, window, activation, blur)
     else:
         built.afford(section, weights, "filters")
         conv, bn = _make_convolution(
-            source.channels, filters, window, has_bn=has_bn, is_binary=is_binary, is_xnor=is_xnor
+            source.channels, filters, window, has_bn=has_bn, is_binary=is_binary, is_xnor=is_xnor, grid=grid
         )
         module = Convolution(conv, bn, activation, blur)
     built.filters_line = section.line_of("filters")
@@ -216,15 +230,29 @@ def _check_groups(section: Section, built: Built, groups: int, counts: tuple[int
 
 
 def _make_convolution(
-    channels: int, filters: int, window: Window, *, has_bn: bool, is_binary: bool, is_xnor: bool
+    channels: int,
+    filters: int,
+    window: Window,
+    *,
+    has_bn: bool,
+    is_binary: bool,
+    is_xnor: bool,
+    grid: Grid | None = None,
 ) -> tuple[nn.Conv2d, nn.Module]:
     size, stride, padding, dilation, groups = window
-    conv = (
-        BinaryConv2d(channels, filters, window, has_bias=not has_bn, is_xnor=is_xnor)
-        if is_binary
-        else nn.Conv2d(channels, filters, size, stride, padding * dilation, dilation, groups, bias=not has_bn)
-    )
+    arguments = (channels, filters, size, stride, padding * dilation, dilation, groups, not has_bn)
+    if is_binary:
+        conv: nn.Conv2d = BinaryConv2d(channels, filters, window, has_bias=not has_bn, is_xnor=is_xnor)
+    else:
+        conv = QuantConv2d(*arguments, grid=grid) if grid else nn.Conv2d(*arguments)
     return conv, nn.BatchNorm2d(filters, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
+
+
+def _read_bits(section: Section, key: str) -> int:
+    bits = section.int(key, 8, minimum=1, maximum=FLOAT_BITS)
+    if MAX_BITS < bits < FLOAT_BITS:
+        section.fail(f"{key!r} expects 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {bits}", key)
+    return bits
 
 
 def _tensor_names(has_bn: bool) -> tuple[str, ...]:
@@ -233,7 +261,7 @@ def _tensor_names(has_bn: bool) -> tuple[str, ...]:
 
 
 def _find_owner(
-    section: Section, built: Built, filters: int, window: Window, *, has_bn: bool, is_binary: bool
+    section: Section, built: Built, filters: int, window: Window, *, has_bn: bool, is_plain: bool
 ) -> Convolution | None:
     """Read `share_index` and give the convolution that it names, if this one can be told to share its weights."""
     if "share_index" not in section.options:
@@ -246,8 +274,8 @@ def _find_owner(
         section.fail(f"'share_index' names layer {index}, which is no convolution", "share_index")
         return None
     conv = module.conv
-    if is_binary or isinstance(conv, BinaryConv2d):
-        section.fail("'share_index' and binary weights do not go together", "share_index")
+    if not is_plain or isinstance(conv, BinaryConv2d | QuantConv2d):
+        section.fail("'share_index' and binary or quantised weights do not go together", "share_index")
         return module
     wanted = (filters, built.previous.channels // window.groups, window.size, window.size)
     is_alike = tuple(conv.weight.shape) == wanted and isinstance(module.bn, nn.BatchNorm2d) == has_bn

@@ -18,6 +18,7 @@ from networks import CFGS, INVALID, ROOT
 from models import Cfg, CfgError, Darknet, dump, parse
 from models.cfg import Mistake
 from models.layers import SECTIONS
+from models.macros import MACROS
 from utils import lint
 
 DATA = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
@@ -30,8 +31,9 @@ VALUES = """0 1 -1 2 3 5 7 13 64 255 1000 65535 65536 65537 2147483647 214748364
 KEYS = """filters size stride stride_x stride_y pad padding groups group group_id batch_normalize activation dilation
     layers from anchors mask num classes scale_x_y new_coords coords width height channels probability scale_wh
     share_index antialiasing xnor bin_output reverse output hidden weights_type weights_normalization stopbackward
-    dontload train_only_bn nonsense""".split()
-LINES = [*(f"[{section}]" for section in SECTIONS), *"[] [ [net] [nonsense] = == # ; \ufeff a=1".split()]
+    dontload train_only_bn reduction w_bits a_bits
+    a_range nonsense""".split()
+LINES = [*(f"[{section}]" for section in (*SECTIONS, *MACROS)), *"[] [ [net] [nonsense] = == # ; \ufeff a=1".split()]
 
 Lines = list[bytes]
 
@@ -154,6 +156,7 @@ def run(model: Darknet) -> None:
     assert lint.weights_bytes(model) >= lint.HEADER
     assert len(lint.receptive_fields(model)) == len(model.layers)
     assert model.summary()
+    assert build(parse(dump(model.expanded)))[0]
     with torch.inference_mode():
         heads = model(torch.empty(1, model.channels, *model.size, device="meta"))
     wanted = [model.layers[head.layer] for head in model.heads] or model.layers[-1:]  # of a classifier the scores

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "models/cfg.py": 0,
     "models/activations.py": 1,
+    "models/quant.py": 1,
     "models/yolo.py": 1,
     "models/layer.py": 1,
     "models/layers_conv.py": 2,
@@ -26,6 +27,7 @@ FLOORS = {
     "models/layers_merge.py": 2,
     "models/layers_pool.py": 2,
     "models/layers.py": 2,
+    "models/macros.py": 2,
     "models/__init__.py": 3,
     "models/darknet.py": 3,
     "models/weights.py": 3,

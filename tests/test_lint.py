@@ -228,7 +228,7 @@ def test_json_stands_alone_on_standard_output() -> None:
     assert "set aside" in done.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["--keys", "a.cfg"], ["--json"], ["--keys", "--json"]])
+@pytest.mark.parametrize("args", [[], ["--keys", "a.cfg"], ["--json"], ["--expand", "a", "b"], ["--keys", "--json"]])
 def test_usage(args: list[str], call) -> None:
     assert call(*args)[0] == 2
 

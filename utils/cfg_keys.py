@@ -15,6 +15,7 @@ from models import CfgError, Darknet, parse
 from models.activations import ACTIVATIONS
 from models.cfg import Section
 from models.layers import SECTIONS, TRAINER_KEYS
+from models.macros import MACROS
 
 INTRODUCTION = """\
 # The cfg language
@@ -22,12 +23,14 @@ INTRODUCTION = """\
 `python -m utils.lint --keys` writes this text from the code that reads cfgs.
 
 A cfg is a list of sections, each a `[name]` and below it lines `key=value`. The first is `[net]`, every other one is a
-layer; indices count layers from 0, negative ones back from the layer that names them. White space means nothing, `#`
-and `;` start a comment, the first of two equal keys holds. A key that is not listed here is an error, or, with
-`--allow-unknown`, a warning. Darknet's own keys that describe its trainer are accepted and set aside. Where the
-default is empty, it follows another key, or the key means nothing unless it is written."""
+layer or a macro, which stands for several; indices count the sections as written from 0, negative ones back from the
+section that names them. White space means nothing, `#` and `;` start a comment, the first of two equal keys holds. A
+key that is not listed here is an error, or, with `--allow-unknown`, a warning. Darknet's own keys that describe its
+trainer are accepted and set aside. Where the default is empty, it follows another key, or the key means nothing unless
+it is written."""
 
 COMMON = "every layer"
+MAKERS: dict[str, Callable[..., object]] = {**SECTIONS, **MACROS}
 
 STRIDES = {
     "stride": "step in both directions",
@@ -59,6 +62,7 @@ CONVOLUTION = {
     "cbn": "1: as `batch_normalize`; it changes the statistics of training alone",
     "share_index": "layer whose weights, bias and batch normalisation are used",
 }
+GROUPS = {"groups": "groups of channels that are convolved apart; as many as channels: depthwise"}
 BLUR = {"antialiasing": CONVOLUTION["antialiasing"]}
 HEAD = {
     "anchors": "pairs of width and height in pixels of the network's input",
@@ -70,7 +74,7 @@ HEAD = {
     "beta_nms": "exponent of the distance of centres in `diounms`",
 }
 
-# What the keys of a section are for; a section stands under its first name in SECTIONS.
+# What the keys of a section are for; a section stands under its first name in SECTIONS, or its name in MACROS.
 MEANINGS: dict[str, dict[str, str]] = {
     "net": {
         "height": "rows of the network's input",
@@ -84,11 +88,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         "dontload": "1: a .weights file that is read holds nothing of the layer",
         "dontloadscales": "1: a .weights file that is read holds neither its scales nor its statistics",
     },
-    "convolutional": {
-        **CONVOLUTION,
-        "groups": "groups of channels that are convolved apart; as many as channels: depthwise",
-    },
+    "convolutional": {**CONVOLUTION, **GROUPS},
     "depthwise": CONVOLUTION,
+    "quan_convolutional": {
+        **CONVOLUTION,
+        **GROUPS,
+        **dict.fromkeys(("binary", "xnor"), "0; `w_bits=1` and `a_bits=1` are what it has instead"),
+        "w_bits": "bits of the weights, 1 to 16; 32: floating point",
+        "a_bits": "bits of the inputs, 1 to 16; 32: floating point",
+        "a_range": "value at which the inputs saturate; negative ones become 0",
+    },
     "connected": {
         "output": "output channels",
         "batch_normalize": WINDOW["batch_normalize"],
@@ -152,12 +161,14 @@ MEANINGS: dict[str, dict[str, str]] = {
         "spatial": "1: over the channels of every cell, else over all values",
     },
     "cost": {},
+    "se": {"reduction": "how many times fewer channels the hidden convolution has, at least one"},
 }
 
 # Lines that open branches of a builder, or show that a default follows another key; tried besides an empty section.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "convolutional": ("share_index=0",),
     "depthwise": ("share_index=0",),
+    "quan_convolutional": ("share_index=0",),
     "yolo": ("num=2",),
     "Gaussian_yolo": ("num=2",),
 }
@@ -201,10 +212,10 @@ class Recorder(Section):
 
 
 def section_names() -> dict[str, list[str]]:
-    """Give the names of every kind of layer, the one that MEANINGS uses first."""
+    """Give the names of every kind of layer and macro, the one that MEANINGS uses first."""
     names: dict[str, list[str]] = {}
-    for name, builder in SECTIONS.items():
-        first = next(first for first in [*names, name] if SECTIONS[first] is builder)
+    for name, builder in MAKERS.items():
+        first = next(first for first in [*names, name] if MAKERS[first] is builder)
         names.setdefault(first, []).append(name)
     return names
 
@@ -246,12 +257,12 @@ def _reads(name: str, place: int, lines: str) -> dict[str, Key]:
 def reference() -> str:
     """Write the reference in Markdown."""
     names, keys = section_names(), read_keys()
-    idle = sorted(set.intersection(*(set(TRAINER_KEYS.get(name, ())) for name in SECTIONS)))
+    idle = sorted(set.intersection(*(set(TRAINER_KEYS.get(name, ())) for name in MAKERS)))
     parts = [INTRODUCTION, "## `[net]`", *_table("net", keys.pop("net")), *_set_aside(TRAINER_KEYS["net"])]
     parts += ["## Every layer", *_table(COMMON, keys.pop(COMMON)), *_set_aside(idle)]
     for name, own in keys.items():
-        parts.append("## " + ", ".join(f"`[{each}]`" for each in names[name]))
-        sentence = (SECTIONS[name].__doc__ or "").partition("\n")[0].removeprefix("Build ")
+        parts.append("## " + ", ".join(f"`[{each}]`" for each in names[name]) + (", a macro" if name in MACROS else ""))
+        sentence = (MAKERS[name].__doc__ or "").partition("\n")[0].removeprefix("Build ").removeprefix("Write ")
         parts += [sentence] if sentence != f"[{name}]." else []
         parts += [*_table(name, own), *_set_aside(key for key in TRAINER_KEYS.get(name, ()) if key not in idle)]
     activations = ", ".join(f"`{activation}`" for activation in ACTIVATIONS)

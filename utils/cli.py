@@ -148,7 +148,7 @@ def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:
         raise DataError(f"{model.cfg.path}: is a classifier (expected a detector, whose cfg has a [yolo] section)")
     mistakes = []
     for head in model.heads:
-        section = model.cfg.sections[1 + head.layer]
+        section = model.expanded.sections[1 + head.layer]
         if head.classes != len(names):
             filters = len(head.anchors) * (head.entries - head.classes + len(names))
             mistakes.append(

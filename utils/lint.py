@@ -3,8 +3,8 @@
     python -m utils.lint cfg/*.cfg
 
 Prints a row a file and the mistakes below, for a single file every layer too; ends with exit status 2 where there is a
-mistake. Takes about a second a file. `--json` prints the rows for other programs, `--keys` the reference of the cfg
-language that stands in docs/cfg-reference.md.
+mistake. Takes about a second a file. `--json` prints the rows for other programs, `--expand` one cfg with
+primitive sections in place of macros, `--keys` the reference of the cfg language that stands in docs/cfg-reference.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from models import CfgError, Darknet, load_cfg
+from models import CfgError, Darknet, dump, load_cfg
 from models.darknet import count_parameters
 from models.layer import Layer
 from models.layers_conv import SharedConvolution
@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help="cfg files")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a list of {file, sections, …, errors}, nothing else")
+    form.add_argument("--expand", action="store_true", help="print the one cfg with its macros expanded, nothing else")
     form.add_argument("--keys", action="store_true", help="print every section and key that is read, in Markdown")
     args = parser.parse_args(argv)
     _check_files(parser, args)
@@ -172,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     verdicts = [judge(path) for path in args.files]
     if args.json:
         print(json.dumps([figures(verdict) for verdict in verdicts], indent=1))
+    elif args.expand and verdicts[0].model:
+        print(dump(verdicts[0].model.expanded), end="")
     else:
         if len(verdicts) == 1 and verdicts[0].model:
             print(verdicts[0].model.summary() + "\n")
@@ -185,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.keys and args.files:
         parser.error("argument --keys: takes no files")
+    if args.expand and len(args.files) > 1:
+        parser.error("argument --expand: takes one file")
     if not args.keys and not args.files:
         parser.error("the following arguments are required: FILE")
 
