@@ -121,6 +121,7 @@ def detect(
         max_det=args.max_det,
         is_agnostic=args.agnostic_nms,
         classes=args.classes,
+        diou_beta=model.diou_beta,
     )
     return torch.cat((fit.to_picture(found[:, :4]), found[:, 4:]), dim=1).float().cpu()
 

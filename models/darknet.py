@@ -52,6 +52,11 @@ class Darknet(nn.Module):
         return max(1, *(int(side) for layer in self.layers for side in layer.multiple))
 
     @property
+    def diou_beta(self) -> float | None:
+        """Exponent of the centres' distance in NMS where the last head asks for `diounms`, as Darknet goes by it."""
+        return self.heads[-1].beta_nms if self.heads[-1].nms_kind == "diounms" else None
+
+    @property
     def classes(self) -> int:
         return self.heads[0].classes if self.heads else self.layers[-1].channels
 

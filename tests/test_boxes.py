@@ -138,3 +138,35 @@ def test_to_picture_undoes_to_input(seed: int) -> None:
     back = fit.to_picture(torch.from_numpy(fit.to_input(boxes)))
     np.testing.assert_allclose(back.numpy(), boxes, atol=1e-6)
     assert fit.to_picture(torch.zeros(0, 4)).shape == fit.to_input(np.zeros((0, 4))).shape == (0, 4)
+
+
+def test_diou_nms_spares_boxes_with_centres_far_apart() -> None:
+    """Two boxes of IoU 1/3: side by side, by hand d = 25, c = 325, so that their overlap is 1/3 - (1/13) ** beta."""
+    boxes = torch.tensor([[5.0, 5.0, 10.0, 10.0], [10.0, 5.0, 10.0, 10.0]])
+    scores = torch.tensor([[0.9], [0.8]])
+
+    def kept(iou_thres: float, beta: float | None) -> int:
+        options = {"conf_thres": 0.1, "iou_thres": iou_thres, "max_det": 9, "diou_beta": beta}
+        return len(non_maximum_suppression(boxes, scores, **options))
+
+    overlap = 1 / 3 - (1 / 13) ** 0.6
+    assert kept(0.3, None) == 1
+    assert kept(0.3, 0.6) == 2
+    assert kept(overlap - 1e-4, 0.6) == 1
+    assert kept(overlap + 1e-4, 0.6) == 2
+
+
+@pytest.mark.parametrize("is_agnostic", [True, False])
+def test_diou_nms_of_a_great_exponent_is_plain_nms(is_agnostic: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(200, 4, generator=generator) * 50 + 1
+    scores = torch.rand(200, 3, generator=generator)
+    options = {"conf_thres": 0.3, "iou_thres": 0.4, "is_agnostic": is_agnostic, "max_det": 50}
+    plain = non_maximum_suppression(boxes, scores, **options)
+    assert len(plain) > 10
+    assert torch.equal(non_maximum_suppression(boxes, scores, **options, diou_beta=100), plain)
+
+
+def test_diou_nms_of_nothing() -> None:
+    options = {"conf_thres": 0.5, "iou_thres": 0.5, "max_det": 9, "diou_beta": 0.6}
+    assert non_maximum_suppression(torch.zeros(0, 4), torch.zeros(0, 2), **options).shape == (0, 6)

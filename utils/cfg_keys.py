@@ -70,7 +70,7 @@ HEAD = {
     "num": "pairs in `anchors`; where it differs, their count holds",
     "classes": "classes",
     "scale_x_y": "stretch of a box's centre beyond its cell",
-    "nms_kind": "how overlapping boxes are told apart",
+    "nms_kind": "how boxes suppress each other: by IoU (`cornersnms` too), or by IoU and distance of centres",
     "beta_nms": "exponent of the distance of centres in `diounms`",
 }
 

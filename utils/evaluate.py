@@ -142,6 +142,7 @@ def detect_all(
                 conf_thres=settings.conf_thres,
                 iou_thres=settings.iou_thres,
                 max_det=settings.max_det,
+                diou_beta=model.diou_beta,
             )
             corners = fit.to_picture(found[:, :4])
             corners[:, 2:] -= corners[:, :2]
