@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give --cfg and --data, or --resume")
     if len(args.img_size) > 3 or args.img_size[:2] != sorted(args.img_size[:2]):
         parser.error("--img-size expects N, or MIN MAX [TEST] with MIN at most MAX")
-    if len(args.img_size) > 1 and not args.multi_scale:
+    if len(set(args.img_size[:2])) > 1 and not args.multi_scale:
         parser.error("--img-size MIN MAX needs --multi-scale")
     if args.s != parser.get_default("s") and not args.sparsity_regularization:
         parser.error("--s needs -sr")

@@ -36,6 +36,7 @@ class Shortcut(nn.Module):
         self.activation, self.weights, self.normalization = activation, weights, normalization
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """Add maps [B, D, h, w] to the first one [B, C, H, W]."""
         scales = None if self.weights is None else self.normalised(self.weights)[:, :, None, None]  # [n, 1|C, 1, 1]
         total = x if scales is None else x * scales[0]
         for i, other in enumerate(others, start=1):

@@ -39,7 +39,7 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
     missing = [i for i, layer in enumerate(model.layers) if i not in filled and not layer.rules.skip_load]
     if missing:
         raise WeightsError(
-            f"{weights}: is partial: it fills {_ranges(filled)} of {len(model.layers)} layers of {model.cfg.path},"
+            f"{weights}: is partial: it fills {describe(model, filled)} layers of {model.cfg.path},"
             f" layer {missing[0]} is missing (train it first, or give the whole file)"
         )
     return model.eval()
@@ -130,7 +130,7 @@ def checkpoint_cfg(checkpoint: Mapping[str, Any], path: str | Path) -> Cfg:
 
 
 def describe(model: Darknet, filled: list[int]) -> str:
-    """Say which layers were filled: 'layers 0-14 of 24'."""
+    """Say which layers were filled: '0-14 of 24'."""
     return f"{_ranges(filled)} of {len(model.layers)}"
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from models import load_cfg, load_model
-from models.weights import load_checkpoint
+from models.weights import load_checkpoint, save_checkpoint
+from utils.log import DataError
+from utils.runs import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = ROOT / "tests/fixtures/tiny.cfg"
@@ -202,6 +204,23 @@ def test_resuming_takes_no_other_flags(command, scenes, tmp_path):
     outcome = command("train", "--resume", "x.pt", "--epochs", 9)
     assert outcome.status == 2
     assert "give no other flag but --device and --workers" in outcome.err
+
+
+def test_a_copy_one_epoch_behind_belongs_to_its_run(tmp_path, monkeypatch):
+    """What a kill leaves between writing a run's last.pt and copying it to weights/."""
+    monkeypatch.chdir(tmp_path)
+    run = {"cfg": "[net]\n", "model": {}, "settings": {"seed": 0}, "recipe": {"lr": 0.01}, "folder": "runs/a"}
+    save_checkpoint("runs/a/last.pt", run | {"epoch": 2})
+    assert run_folder("weights/last.pt", run | {"epoch": 1}) == Path("runs/a")
+    with pytest.raises(DataError, match=r"is not the last\.pt of runs/a"):
+        run_folder("weights/last.pt", run | {"settings": {"seed": 1}})
+    with pytest.raises(DataError, match=r"is not the last\.pt of runs/b"):
+        run_folder("weights/last.pt", run | {"folder": "runs/b"})
+
+
+def test_sizes_to_train_and_to_test_at_differ(command, scenes):
+    outcome = command("train", *flags(scenes, "--epochs", 1, "--img-size", 64, 64, 96))
+    assert outcome.status == 0, outcome.err
 
 
 def test_the_copy_in_weights_resumes_its_own_run_only(command, scenes, tmp_path):

@@ -1,6 +1,5 @@
 """A run's folder: runs/<name>/ with its log, metrics, TensorBoard events, pictures and checkpoints."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from models import Darknet, dump, save_weights
-from models.weights import save_checkpoint, write_atomically
+from models.weights import load_checkpoint, save_checkpoint, write_atomically
 
 from .engine import Trainer
 from .log import DataError, log, start_logging
@@ -106,14 +105,15 @@ class Run:
 def run_folder(checkpoint_path: str, checkpoint: Mapping[str, Any]) -> Path:
     """Give the folder of the run that a last.pt belongs to: its own, or for the copy in weights/ the one it came from.
 
-    Raises DataError where that folder has gone on to other things.
+    Raises DataError where that folder holds another run, or none.
     """
     folder = Path(checkpoint_path).parent
     if folder.resolve() != WEIGHTS.resolve():
         return folder
     folder = Path(checkpoint["folder"])
-    original = folder / "last.pt"
-    if not original.is_file() or not filecmp.cmp(original, checkpoint_path, shallow=False):
+    original = folder / "last.pt"  # one epoch ahead of the copy where the run was killed between the two
+    there = load_checkpoint(original) if original.is_file() else {}
+    if any(there.get(key) != checkpoint[key] for key in ("cfg", "settings", "recipe")):
         raise DataError(f"{checkpoint_path}: is not the last.pt of {folder} (resume from the run's own folder)")
     return folder
 
