@@ -1,6 +1,7 @@
 """Sections that bring several maps together: route, shortcut, scale_channels, sam; and channel_shuffle."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cfg import Section
@@ -83,11 +84,7 @@ class ChannelShuffle(nn.Module):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        if x.is_contiguous(memory_format=torch.channels_last):  # and so is the result
-            x = x.permute(0, 2, 3, 1).reshape(B, H, W, self.groups, C // self.groups).transpose(3, 4)
-            return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return x.reshape(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+        return F.channel_shuffle(x, self.groups)
 
 
 def route(section: Section, built: Built) -> Layer:
