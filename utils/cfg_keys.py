@@ -256,6 +256,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "csp": ("filters=8", "hidden=8"),
     "elan": ("filters=8",),
     "shuffle_stage": ("filters=8",),
+    "stage2": ("out_channels=8",),
 }
 
 KINDS = {
