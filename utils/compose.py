@@ -172,16 +172,17 @@ def _anchors(args: argparse.Namespace, head: Head, data: DataSpec | None) -> tup
     """Give the anchors as a cfg has them, and the masks."""
     size, named = ANCHOR_SIZE, "coco" if args.anchors == "auto" and not data else args.anchors
     if named == "auto":
-        return _format(_from_boxes(args, head, data)), head.masks
+        return _format(_rounded(_from_boxes(args, head, data))), head.masks
     if named == "coco" and head.coco:
         size, text, masks = head.coco
-        return _format(_numbers(text, head) * args.img_size / size), masks or head.masks
+        return _format(_rounded(_numbers(text, args) * args.img_size / size)), masks or head.masks
     if named not in ANCHORS:
-        return _format(_numbers(named, head)), head.masks
+        return _format(_numbers(named, args)), head.masks
     if head.anchors not in ANCHORS[named]:
         counts = " or ".join(map(str, ANCHORS[named]))
         raise DataError(f"--anchors {named}: has {counts} anchors (expected {head.anchors} for --head {args.head})")
-    return _format(_numbers(ANCHORS[named][head.anchors], head) * args.img_size / size), head.masks
+    anchors = _numbers(ANCHORS[named][head.anchors], args) * args.img_size / size
+    return _format(_rounded(anchors)), head.masks
 
 
 def _from_boxes(args: argparse.Namespace, head: Head, data: DataSpec) -> np.ndarray:
@@ -195,29 +196,33 @@ def _from_boxes(args: argparse.Namespace, head: Head, data: DataSpec) -> np.ndar
     return anchors
 
 
-def _numbers(text: str, head: Head) -> np.ndarray:
-    """Read anchors [K, 2]. Raises DataError."""
+def _numbers(text: str, args: argparse.Namespace) -> np.ndarray:
+    """Read as many anchors [K, 2] as the head has. Raises DataError."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise DataError(f"--anchors: expected auto, numbers or {suggest(text, ANCHORS)}, gets {text!r}") from None
-    if len(values) != 2 * head.anchors:
+    count = HEADS[args.head].anchors
+    if len(values) != 2 * count:
         raise DataError(
-            f"--anchors: expected {head.anchors} pairs of width and height for --head {head.title},"
-            f" gets {len(values)} numbers"
+            f"--anchors: expected {count} pairs of width and height for --head {args.head}, gets {len(values)} numbers"
         )
     if not all(0 < value < math.inf for value in values):
         raise DataError(f"--anchors: expected sizes above 0, gets {text!r}")
     return np.array(values).reshape(-1, 2)
 
 
-def _format(anchors: np.ndarray) -> str:
-    """Write whole numbers, or with one or more decimals where they would be no longer distinct or no longer above 0."""
-    for decimals in range(8):
+def _rounded(anchors: np.ndarray) -> np.ndarray:
+    """Round to whole pixels, or to decimals where anchors would be no longer distinct or no longer above 0."""
+    for decimals in range(4):
         rounded = anchors.round(decimals)
-        if (rounded > 0).all() and len(np.unique(rounded, axis=0)) == len(np.unique(anchors, axis=0)):
-            break
-    return ", ".join(f"{w:g},{h:g}" for w, h in rounded)
+        if (rounded > 0).all() and len(np.unique(rounded, axis=0)) == len(anchors):
+            return rounded
+    return anchors
+
+
+def _format(anchors: np.ndarray) -> str:
+    return ", ".join(f"{w:g},{h:g}" for w, h in anchors)
 
 
 def _one_of(names: Collection[str]):
