@@ -111,7 +111,7 @@ WRITTEN = {  # sections of every macro, all with 6 channels at the end
     "[osa]\nfilters=6\nhidden=4\nconvs=2\nese=1\nresidual=1\nw_bits=4": 8,
     "[shuffle_stage]\nfilters=6\nunits=2\na_range=3": 15,
     "[stage2]\nout_channels=6": 29,
-    "[stage3]\nout_channels=6": 61,
+    "[stage3]\nout_channels=6": 57,
     "[stage4]\nout_channels=6": 29,
 }
 
