@@ -257,6 +257,7 @@ def _read_bits(section: Section, key: str) -> int:
     bits = section.int(key, 8, minimum=1, maximum=FLOAT_BITS)
     if MAX_BITS < bits < FLOAT_BITS:
         section.fail(f"{key!r} expects 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {bits}", key)
+        return FLOAT_BITS
     return bits
 
 
