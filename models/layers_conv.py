@@ -124,8 +124,13 @@ def depthwise(section: Section, built: Built) -> Layer:
 def quan_convolutional(section: Section, built: Built) -> Layer:
     """Build [quan_convolutional], a convolution with DoReFa's quantised weights and quantised inputs."""
     groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group")
+    return _convolutional(section, built, groups, read_grid(section))
+
+
+def read_grid(section: Section) -> Grid:
+    """Read how a convolution is quantised."""
     w_bits, a_bits = _read_bits(section, "w_bits"), _read_bits(section, "a_bits")
-    return _convolutional(section, built, groups, Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6)))
+    return Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6))
 
 
 def crnn(section: Section, built: Built) -> Layer:
@@ -252,6 +257,7 @@ def _read_bits(section: Section, key: str) -> int:
     bits = section.int(key, 8, minimum=1, maximum=FLOAT_BITS)
     if MAX_BITS < bits < FLOAT_BITS:
         section.fail(f"{key!r} expects 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {bits}", key)
+        return FLOAT_BITS
     return bits
 
 

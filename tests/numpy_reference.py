@@ -122,6 +122,38 @@ def add_strided(x: np.ndarray, other: np.ndarray) -> np.ndarray:
     return total
 
 
+def shuffle(x: np.ndarray, groups: int) -> np.ndarray:
+    """ShuffleNet's order of channels: the first of every group, then the second of every group, and so on."""
+    each = len(x) // groups
+    return np.stack([x[group * each + c] for c in range(each) for group in range(groups)])
+
+
+def eca(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """ECA: channel c is gated by the means of its neighbours, as many as the kernel; beyond the ends they are zero."""
+    means, reach = [channel.mean() for channel in x], kernel.size // 2
+    y = np.empty_like(x)
+    for c in range(len(x)):
+        near = range(max(0, c - reach), min(len(x), c + reach + 1))
+        y[c] = x[c] * sigmoid(sum(kernel.flat[n - c + reach] * means[n] for n in near))
+    return y
+
+
+def channel_gate(x: np.ndarray, squeeze: np.ndarray, excite: np.ndarray) -> np.ndarray:
+    """CBAM, equation 2: sigmoid(W1 relu(W0 mean) + W1 relu(W0 maximum)) of every channel."""
+    parts = [[channel.mean() for channel in x], [channel.max() for channel in x]]
+    total = sum(excite @ np.maximum(squeeze @ np.array(part), 0) for part in parts)
+    return np.stack([channel * sigmoid(value) for channel, value in zip(x, total, strict=True)])
+
+
+def spatial_gate(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """CBAM, equation 3: sigmoid of a convolution over [mean of the channels; maximum of the channels]."""
+    raw = convolve(np.stack((x.mean(0), x.max(0))), weight, (1, 1), weight.shape[-1] // 2)[0]
+    y = np.empty_like(x)
+    for c, i, j in np.ndindex(x.shape):
+        y[c, i, j] = x[c, i, j] * sigmoid(raw[i, j])
+    return y
+
+
 def softmax(x: Sequence[float], temperature: float = 1) -> list[float]:
     power = [math.exp((value - max(x)) / temperature) for value in x]
     return [value / sum(power) for value in power]

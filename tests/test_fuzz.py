@@ -31,8 +31,8 @@ VALUES = """0 1 -1 2 3 5 7 13 64 255 1000 65535 65536 65537 2147483647 214748364
 KEYS = """filters size stride stride_x stride_y pad padding groups group group_id batch_normalize activation dilation
     layers from anchors mask num classes scale_x_y new_coords coords width height channels probability scale_wh
     share_index antialiasing xnor bin_output reverse output hidden weights_type weights_normalization stopbackward
-    dontload train_only_bn reduction w_bits a_bits
-    a_range nonsense""".split()
+    dontload train_only_bn reduction w_bits a_bits a_range ratio kernel_size kernelsize repeat inner join se gate convs
+    ese residual units out_channels nonsense""".split()
 LINES = [*(f"[{section}]" for section in (*SECTIONS, *MACROS)), *"[] [ [net] [nonsense] = == # ; \ufeff a=1".split()]
 
 Lines = list[bytes]

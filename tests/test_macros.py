@@ -26,8 +26,12 @@ def expanded(body: str) -> list[dict[str, str]]:
     return [{key: option.value for key, option in section.options.items()} for section in sections]
 
 
-@pytest.mark.parametrize("path", [path for path in CFGS if path != SQUEEZED], ids=name)
+PLAIN = [path for path in CFGS if MACROS.keys().isdisjoint(section.name for section in load_cfg(path).sections)]
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=name)
 def test_a_cfg_without_macros_is_untouched(path: Path) -> None:
+    assert len(PLAIN) > 10
     with torch.device("meta"):
         model = Darknet(load_cfg(path))
     assert model.expanded is model.cfg
@@ -93,6 +97,36 @@ def test_se_has_at_least_one_hidden_channel(reduction: str, hidden: str) -> None
 def test_indices_count_written_sections(written: str, layers: str) -> None:
     body = f"{CONV}[se]\n[se]\n{CONV}[route]\nlayers={written}\n{HEAD}"
     assert expanded(body)[10] == {"layers": layers}
+
+
+WRITTEN = {  # sections of every macro, all with 6 channels at the end
+    "[se]": 4,
+    "[cbam]": 2,
+    "[residual]\nrepeat=2": 6,
+    "[csp]\nfilters=6\nrepeat=2": 12,
+    "[csp_tiny]\nfilters=6\njoin=0": 6,
+    "[elan]\nfilters=6\nrepeat=3": 8,
+    "[inverted_residual]\nhidden=9\nfilters=6\nse=2": 8,
+    "[ghost_bottleneck]\nhidden=8\nfilters=6": 7,
+    "[osa]\nfilters=6\nhidden=4\nconvs=2\nese=1\nresidual=1\nw_bits=4": 8,
+    "[shuffle_stage]\nfilters=6\nunits=2\na_range=3": 15,
+    "[stage2]\nout_channels=6": 29,
+    "[stage3]\nout_channels=6": 57,
+    "[stage4]\nout_channels=6": 29,
+}
+
+
+@pytest.mark.parametrize("macro", MACROS)
+def test_indices_around_every_macro(macro: str) -> None:
+    (text, count) = next((text, count) for text, count in WRITTEN.items() if text.startswith(f"[{macro}]"))
+    step = "[convolutional]\nfilters=6\nactivation=linear\n[shortcut]\nfrom=-2\n"
+    routes = "[route]\nlayers=3,-2\n[route]\nlayers=1,-7\n"  # the macro and what follows it; what comes before it
+    model = Darknet(parse(f"{NET}{CONV}{step}{text}\n{step}{routes}{HEAD}"))
+    last = 2 + count  # layer of the macro, which is written as 3
+    sections = model.expanded.sections[1:]
+    assert [sections[index].options["from"].value for index in (2, last + 2)] == ["-2", "-2"]
+    assert [sections[last + i].options["layers"].value for i in (3, 4)] == [f"{last},-2", f"1,{-last - 4}"]
+    assert [model.layers[last + i].inputs for i in (2, 3, 4)] == [(last + 1, last), (last, last + 1), (1, 0)]
 
 
 def test_every_key_that_names_a_layer_counts_so() -> None:
