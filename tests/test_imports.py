@@ -47,6 +47,7 @@ FLOORS = {
     "utils/loss.py": 5,
     "utils/predict.py": 5,
     "utils/sparsity.py": 5,
+    "utils/backbone.py": 6,
     "utils/engine.py": 6,
     "utils/cfg_keys.py": 6,
     "utils/evaluate.py": 6,
