@@ -145,6 +145,17 @@ def read_strides(section: Section) -> tuple[int, int]:
     return (y if y > 0 else stride), (x if x > 0 else stride)
 
 
+def read_odd(section: Section, key: str, default: int, *, minimum: int = 1, alias: str = "") -> int:
+    """Read the side of a window that has a cell in its middle; `minimum` may be 0, which passes."""
+    value = section.int(key, default, minimum=minimum, maximum=MAX_KERNEL - 1, alias=alias)
+    if value == 0 or value % 2:
+        return value
+    key = key if key in section.options else alias
+    section.fail(f"{key!r} expects an odd number, gets {value} (set {key}={value + 1})", key)
+    section.unsure.add(key)
+    return value + 1
+
+
 def slide(section: Section, built: Built, kernel: int, stride: tuple[int, int], padding: int) -> tuple[int, int]:
     """Give the output size of a sliding window over the previous layer; `padding` counts both sides."""
     source = built.previous

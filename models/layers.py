@@ -1,10 +1,11 @@
 """The table of sections: a name, and the builder that makes a Layer of it; and what the table leaves out."""
 
 from .layer import Builder
+from .layers_attention import ca, eca, sa
 from .layers_conv import convolutional, crnn, depthwise, quan_convolutional
 from .layers_dense import batchnorm, connected
 from .layers_head import contrastive, cost, gaussian_yolo, region, softmax, yolo
-from .layers_merge import route, sam, scale_channels, shortcut
+from .layers_merge import channel_shuffle, route, sam, scale_channels, shortcut
 from .layers_pool import activation, avgpool, crop, dropout, empty, local_avgpool, maxpool, reorg, reorg3d, upsample
 from .macros import MACROS
 
@@ -38,6 +39,10 @@ SECTIONS: dict[str, Builder] = {
     "shortcut": shortcut,
     "scale_channels": scale_channels,
     "sam": sam,
+    "channel_shuffle": channel_shuffle,
+    "eca": eca,
+    "ca": ca,
+    "sa": sa,
     "yolo": yolo,
     "Gaussian_yolo": gaussian_yolo,
     "region": region,

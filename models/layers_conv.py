@@ -124,8 +124,13 @@ def depthwise(section: Section, built: Built) -> Layer:
 def quan_convolutional(section: Section, built: Built) -> Layer:
     """Build [quan_convolutional], a convolution with DoReFa's quantised weights and quantised inputs."""
     groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group")
+    return _convolutional(section, built, groups, read_grid(section))
+
+
+def read_grid(section: Section) -> Grid:
+    """Read how a convolution is quantised."""
     w_bits, a_bits = _read_bits(section, "w_bits"), _read_bits(section, "a_bits")
-    return _convolutional(section, built, groups, Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6)))
+    return Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6))
 
 
 def crnn(section: Section, built: Built) -> Layer:

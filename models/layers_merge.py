@@ -1,4 +1,4 @@
-"""Sections that bring several maps together: route, shortcut, scale_channels, sam."""
+"""Sections that bring several maps together: route, shortcut, scale_channels, sam; and channel_shuffle."""
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,21 @@ class ScaleChannels(nn.Module):
         return self.activation(x * gate)
 
 
+class ChannelShuffle(nn.Module):
+    """Take a channel of every group in turn (https://arxiv.org/abs/1707.01083): c of group g becomes c·groups + g."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        if x.is_contiguous(memory_format=torch.channels_last):  # and so is the result
+            x = x.permute(0, 2, 3, 1).reshape(B, H, W, self.groups, C // self.groups).transpose(3, 4)
+            return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return x.reshape(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+
+
 def route(section: Section, built: Built) -> Layer:
     """Build [route]: concatenate layers, or a slice of each."""
     indices = built.resolve(section, "layers")
@@ -145,6 +160,15 @@ def sam(section: Section, built: Built) -> Layer:
         kind = "channels" if gate.channels != source.channels else "size"
         built.mismatch(section, [gate, source], kind, f"{message}, gets {gate.channels} at {shape(gate)}", "from")
     return Layer(ScaleChannels(activation), (built.index - 1, index), source.channels, source.size, source.stride)
+
+
+def channel_shuffle(section: Section, built: Built) -> Layer:
+    """Build [channel_shuffle]: take a channel of every group in turn."""
+    source, groups = built.previous, section.int("groups", 2, minimum=1, maximum=MAX_FILTERS)
+    if source.channels % groups:
+        message = f"expects groups={groups} to divide the {source.channels} channels of its input"
+        built.mismatch(section, [source], "channels", message, "groups", keys="groups")
+    return built.pass_on(ChannelShuffle(groups))
 
 
 def _add_strided(total: Tensor, other: Tensor) -> Tensor:

@@ -8,32 +8,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
+from . import blocks
 from .cfg import Cfg, Section, parse
-from .layer import MAX_FILTERS, Built, read_rules
+from .layer import Built, read_rules
 
 Macro: TypeAlias = Callable[[Section, Built], str]
 
 
-def se(section: Section, built: Built) -> str:
-    """Write [se], squeeze and excitation: gate every channel by what the means of all channels say.
-
-    https://arxiv.org/abs/1709.01507: the hidden layer has a `reduction`-th of the channels, at least one.
-    """
-    reduction = section.int("reduction", 16, minimum=1, maximum=MAX_FILTERS)
-    if built.index == 0:
-        section.fail("expects a layer before it, whose channels it gates (put a convolution before it)")
-        return "[empty]\n"
-    channels = built.previous.channels
-    return (
-        "[avgpool]\n\n"
-        f"[convolutional]\nfilters={max(1, channels // reduction)}\nsize=1\nstride=1\nactivation=relu\n\n"
-        f"[convolutional]\nfilters={channels}\nsize=1\nstride=1\nactivation=logistic\n\n"
-        "[scale_channels]\nfrom=-4\n"
-    )
-
-
 MACROS: dict[str, Macro] = {
-    "se": se,
+    "se": blocks.se,
+    "cbam": blocks.cbam,
+    "residual": blocks.residual,
+    "csp": blocks.csp,
+    "csp_tiny": blocks.csp_tiny,
+    "elan": blocks.elan,
+    "inverted_residual": blocks.inverted_residual,
+    "ghost_bottleneck": blocks.ghost_bottleneck,
+    "osa": blocks.osa,
+    "shuffle_stage": blocks.shuffle_stage,
+    "stage2": blocks.stage,
+    "stage3": blocks.stage,
+    "stage4": blocks.stage,
 }
 
 
@@ -66,7 +61,11 @@ def _expand(section: Section, macro: Macro, built: Built) -> list[Section]:
     section.known |= probe.known
     rules = [option for key, option in section.options.items() if key in probe.known - probe.unsure]
     words = [f"[{section.name}]", *(f"{option.key}={option.value}" for option in section.options.values())]
-    header, _, rest = macro(section, built).partition("\n")
+    text = macro(section, built)
+    if built.index == 0:
+        section.fail("expects a layer before it (put a convolution before it)")
+        text = "[empty]\n"
+    header, _, rest = text.partition("\n")
     ending = section.lines[0][len(section.lines[0].rstrip("\r\n")) :] or "\n"
     inner = parse(f"[net]\n{header}\n# of {' '.join(words)}\n{rest}".replace("\n", ending))
     assert not inner.mistakes, inner.mistakes
@@ -74,7 +73,7 @@ def _expand(section: Section, macro: Macro, built: Built) -> list[Section]:
     for each in sections:
         for rule in rules:
             each.set(rule.key, rule.value)
-        each.cfg, each.line = section.cfg, section.line
+        each.cfg, each.line, each.unsure = section.cfg, section.line, {*section.unsure}
         for option in each.options.values():
             option.line = section.line
     sections[-1].lines += [line for line in section.lines[1:] if line.lstrip()[:1] in ("", "#", ";")]

@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "models/cfg.py": 0,
     "models/activations.py": 1,
+    "models/attention.py": 1,
     "models/quant.py": 1,
     "models/yolo.py": 1,
     "models/layer.py": 1,
+    "models/blocks.py": 2,
+    "models/layers_attention.py": 2,
     "models/layers_conv.py": 2,
     "models/layers_dense.py": 2,
     "models/layers_head.py": 2,

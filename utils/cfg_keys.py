@@ -74,6 +74,26 @@ HEAD = {
     "beta_nms": "exponent of the distance of centres in `diounms`",
 }
 
+GATE = {"se": "hidden channels of squeeze and excitation; 0: none", "gate": "activation of its gate"}
+QUANTISED = dict.fromkeys(
+    ("w_bits", "a_bits", "a_range"),
+    "as in `[quan_convolutional]`, which the convolutions are where one of the three is written",
+)
+BLOCK = {
+    "filters": "output channels",
+    "hidden": "channels of the convolutions inside",
+    "activation": "activation of the convolutions",
+    **QUANTISED,
+}
+DEPTHWISE = {
+    **BLOCK,
+    **GATE,
+    "hidden": "channels of the depthwise convolution",
+    "size": "side of the depthwise kernel, odd",
+    "stride": "step of the depthwise convolution",
+}
+STAGE = {"activation": "activation of the 1×1 convolutions", **QUANTISED}
+
 # What the keys of a section are for; a section stands under its first name in SECTIONS, or its name in MACROS.
 MEANINGS: dict[str, dict[str, str]] = {
     "net": {
@@ -145,6 +165,13 @@ MEANINGS: dict[str, dict[str, str]] = {
         "from": "layer that is multiplied by the previous one, value by value",
         "activation": "activation of the product",
     },
+    "channel_shuffle": {"groups": "groups of channels, of which one after the other gives its next"},
+    "eca": {"kernel_size": "neighbours that a gate looks at, an odd number; 0: as many as fit the channels"},
+    "ca": {
+        "ratio": "how many times fewer channels the hidden layer has, at least one",
+        "hidden": "channels of the hidden layer, whatever `ratio` says",
+    },
+    "sa": {"kernelsize": "side of the kernel, odd"},
     "yolo": {**HEAD, "new_coords": "1: the convolution before is logistic, sizes are squares"},
     "Gaussian_yolo": {**HEAD, "yolo_point": "the point of a box that x and y tell"},
     "region": {
@@ -161,7 +188,58 @@ MEANINGS: dict[str, dict[str, str]] = {
         "spatial": "1: over the channels of every cell, else over all values",
     },
     "cost": {},
-    "se": {"reduction": "how many times fewer channels the hidden convolution has, at least one"},
+    "se": {
+        "reduction": "how many times fewer channels the hidden convolution has, at least one",
+        "hidden": "channels of the hidden convolution, whatever `reduction` says",
+        "activation": "activation of the gate",
+    },
+    "cbam": {"ratio": "that of `[ca]`", "kernel_size": "that of `[sa]`"},
+    "residual": {
+        "hidden": "channels of the 1×1 convolution (unwritten: half of the input's)",
+        "activation": BLOCK["activation"],
+        **QUANTISED,
+        "repeat": "blocks, one after the other",
+    },
+    "csp": {
+        **BLOCK,
+        "hidden": "channels of either way (unwritten: half of `filters`)",
+        "inner": "channels between the two convolutions of a residual block (unwritten: `hidden`)",
+        "repeat": "residual blocks",
+    },
+    "csp_tiny": {
+        "filters": "channels of the first convolution and of the last, even",
+        "activation": BLOCK["activation"],
+        "join": "1: put out the first and the last convolution side by side; 0: the last alone",
+        **QUANTISED,
+    },
+    "elan": {
+        **BLOCK,
+        "hidden": "channels of every convolution but the last (unwritten: half of `filters`)",
+        "size": "side of the kernels in the chain, odd",
+        "repeat": "convolutions in the chain",
+    },
+    "inverted_residual": DEPTHWISE,
+    "ghost_bottleneck": {
+        **DEPTHWISE,
+        "filters": "output channels, even",
+        "hidden": "channels between the two ghost modules, even",
+        "size": "side of the depthwise kernels outside the ghost modules, odd",
+        "stride": "step of the block",
+        "activation": "activation of the first ghost module",
+    },
+    "osa": {
+        **BLOCK,
+        "hidden": "channels of every 3×3 convolution",
+        "convs": "3×3 convolutions",
+        "ese": "1: gate the output by effective squeeze and excitation",
+        "residual": "1: add the input, which needs as many channels as `filters`",
+    },
+    "shuffle_stage": {
+        **STAGE,
+        "filters": "output channels, even",
+        "units": "units, of which the first halves the size",
+    },
+    "stage2": {**STAGE, "out_channels": "output channels, even"},
 }
 
 # Lines that open branches of a builder, or show that a default follows another key; tried besides an empty section.
@@ -171,6 +249,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "quan_convolutional": ("share_index=0",),
     "yolo": ("num=2",),
     "Gaussian_yolo": ("num=2",),
+    "csp": ("filters=8", "hidden=8"),
+    "elan": ("filters=8",),
 }
 
 KINDS = {
@@ -247,7 +327,8 @@ def _reads(name: str, place: int, lines: str) -> dict[str, Key]:
     """Give the keys that building reads of a section that says `lines`."""
     reads: dict[str, Key] = {}
     tail = "" if name == "net" else f"[{name}]\n{lines}\n"
-    cfg = parse(f"[net]\n[convolutional]\nfilters=16\n{tail}")
+    filters = 32 if lines else 16  # a default may follow them
+    cfg = parse(f"[net]\n[convolutional]\nfilters={filters}\n{tail}")
     cfg.sections[place] = Recorder(**vars(cfg.sections[place]), note=lambda key: reads.setdefault(key.name, key))
     with suppress(CfgError), torch.device("meta"):  # the section lacks what must be written, or is no head
         Darknet(cfg)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from models import CfgError, Darknet, dump, load_cfg
+from models.attention import ChannelGate, Eca
 from models.darknet import count_parameters
 from models.layer import Layer
 from models.layers_conv import SharedConvolution
@@ -96,7 +97,7 @@ def receptive_fields(model: Darknet) -> list[tuple[float, float]]:
 
 def _reach(layer: Layer, step: tuple[float, float], axis: int) -> float:
     """Give the cells of the input, `step` pixels apart, that a cell of the output sees beyond one along an axis."""
-    windows = [window for name, part in layer.module.named_modules() for window in _windows(name, part, axis)]
+    windows = [window for name, part in layer.module.named_modules() for window in _windows(layer, name, part, axis)]
     if not windows:  # a mean over all, or cells turned to channels: what the stride spans
         return max(0.0, layer.stride[axis] / step[axis] - 1)
     reach, apart = 0, 1
@@ -106,7 +107,7 @@ def _reach(layer: Layer, step: tuple[float, float], axis: int) -> float:
     return reach
 
 
-def _windows(name: str, part: nn.Module, axis: int) -> Iterator[tuple[int, int]]:
+def _windows(layer: Layer, name: str, part: nn.Module, axis: int) -> Iterator[tuple[int, int]]:
     """Give size, dilation counted, and stride of what slides over the cells in a part of a layer."""
     match part:
         case nn.Conv2d(kernel_size=size, stride=stride, dilation=dilation):
@@ -114,6 +115,8 @@ def _windows(name: str, part: nn.Module, axis: int) -> Iterator[tuple[int, int]]
                 yield (size[axis] - 1) * dilation[axis] + 1, stride[axis]
         case SharedConvolution(window=window):
             yield (window.size - 1) * window.dilation + 1, window.stride[axis]
+        case Eca() | ChannelGate():  # by means of the whole map
+            yield layer.size[axis], 1
         case MaxPool(size=size, stride=stride) | LocalAvgPool(size=size, stride=stride):
             yield size, stride[axis]
         case Blur(kind=kind, stride=stride):
