@@ -1,6 +1,6 @@
-"""Public ImageNet classifiers as plain PyTorch modules, laid out as their releases are: what state dicts are named and
-ordered by. torchvision has ShuffleNetV2 and MobileNetV3; here are GhostNet, VoVNet-39 and the ShuffleNetV2 that shuffles
-first, with its branches the other way round.
+"""Public ImageNet classifiers as plain PyTorch modules, with the names and the order of the released state dicts.
+
+torchvision has ShuffleNetV2 and MobileNetV3; here are GhostNet, VoVNet-39 and the ShuffleNetV2 that shuffles first.
 """
 
 from collections import OrderedDict
@@ -180,7 +180,7 @@ class ShuffleUnit(nn.Module):
 
 
 class ShuffleFirst(nn.Module):
-    """ShuffleNetV2 0.5x up to its last stage, whose units split even channels from odd ones and have branch_main first."""
+    """ShuffleNetV2 0.5x up to its last stage; units split even channels from odd ones and have branch_main first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ mean colour, the cfg's network pads with black. --no-normalize is for what was t
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +77,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises WeightsError.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of the age of a format: what can be read is read
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the state dict: {error.strerror or error}") from None
     except Exception as error:  # whatever bytes that are no pickle make of the unpickler
