@@ -221,17 +221,23 @@ def shuffle_stage(section: Section, built: Built) -> str:
 
     https://arxiv.org/abs/1807.11164
     """
-    return _shuffle_stage(section, built, "filters", _read_repeat(section, "units", 4))
+    filters = _read_even(section, "filters")
+    return _shuffle_stage(section, built, filters, filters // 2, _read_repeat(section, "units", 4))
 
 
 def stage(section: Section, built: Built) -> str:
-    """Write a [shuffle_stage] with the units that ShuffleNetV2 has in this stage: 4, 8, 4."""
-    return _shuffle_stage(section, built, "out_channels", STAGE_UNITS[section.name])
+    """Write a [shuffle_stage] with the units that ShuffleNetV2 has in this stage: 4, 8, 4.
+
+    Its first unit keeps the input's channels as long as it can, which gives the published parameter counts.
+    """
+    filters = _read_even(section, "out_channels")
+    return _shuffle_stage(section, built, filters, built.previous.channels, STAGE_UNITS[section.name])
 
 
-def _shuffle_stage(section: Section, built: Built, key: str, units: int) -> str:
+def _shuffle_stage(section: Section, built: Built, filters: int, default_hidden: int, units: int) -> str:
     writer, source, channels = _make_writer(section, built), built.index - 1, built.previous.channels
-    half, activation = _read_even(section, key) // 2, _read_activation(section, "relu")
+    half, activation = filters // 2, _read_activation(section, "relu")
+    hidden = _read_filters(section, "hidden", default_hidden)
     writer.conv(channels, "linear", 3, 2, groups=channels)
     beside = writer.conv(half, activation)
     writer.route(source)
@@ -239,8 +245,9 @@ def _shuffle_stage(section: Section, built: Built, key: str, units: int) -> str:
         if unit > 0:
             beside = writer.route(writer.last, half=0)
             writer.route(beside - 1, half=1)
-        writer.conv(half, activation)
-        writer.conv(half, "linear", 3, 1 if unit else 2, groups=half)
+        inner = half if unit else hidden
+        writer.conv(inner, activation)
+        writer.conv(inner, "linear", 3, 1 if unit else 2, groups=inner)
         writer.route(beside, writer.conv(half, activation))
         writer.add("[channel_shuffle]", "groups=2")
     return writer.text
