@@ -310,9 +310,9 @@ def test_a_gate_of_ours_starts_fresh(gate: str, convert, tmp_path: Path) -> None
     outcome = convert(cfg, "x.pth", "x.weights")
     assert outcome.status == 2
     assert re.fullmatch(
-        r"x\.weights: a \.weights file has no gaps, and the state dict lacks "
+        r"x\.weights: a \.weights file has no gaps, but the state dict lacks "
         rf"(layer \d \(\[{gate}\] at line 13\)(, )?)+"
-        r" \(write a \.pt: -o x\.pt\)\n",
+        r" \(write a \.pt\)\n",
         outcome.err,
     )
     assert not Path("x.weights").exists()
@@ -340,6 +340,12 @@ def tiny_with(name: str, value: float) -> dict[str, Tensor]:
     return state
 
 
+def endless() -> dict[str, object]:
+    nested = {"epoch": 1}
+    nested["model"] = nested
+    return nested
+
+
 def cut_off(size: int) -> bytes:
     buffer = io.BytesIO()
     torch.save(Tiny().state_dict(), buffer)
@@ -348,7 +354,7 @@ def cut_off(size: int) -> bytes:
 
 BN = " with batch normalisation"
 ADVICE = "(expected the cfg of the same network and width, and the state dict as it was released)"
-THIRD = f"x.cfg:15: layer 2 ([convolutional] at line 15) takes (16, 8, 3, 3){BN}"
+THIRD = f"x.cfg:15: layer 2, [convolutional], takes (16, 8, 3, 3){BN}"
 REFUSED = {
     "missing": (None, "cannot read the state dict: No such file or directory"),
     "empty": (b"", "is not a readable state dict (empty, cut short, or not by torch.save: load it again)"),
@@ -356,13 +362,15 @@ REFUSED = {
     "cut short": (cut_off(3000), "is not a readable state dict (empty, "),
     "module": (Tiny(), "holds Python objects (a whole module?), expected tensors alone (save its state_dict())"),
     "number": (3, "holds no tensors by name (expected a state dict, alone or under 'state_dict')"),
+    "endless": (endless(), "holds no tensors by name"),
+    "sparse": ({"one.weight": torch.eye(3).to_sparse()}, "holds no tensors by name"),
     "no tensors": ({"state_dict": {}}, "holds no tensors by name"),
     "ours": ({"cfg": "[net]\n", "model": {}}, "is a Darkslim checkpoint (give it to train.py --weights as it is)"),
     "nan": (tiny_with("two.weight", float("nan")), "two.weight or its batch normalisation holds NaN or infinity"),
     "infinite": (tiny_with("bn2.running_var", float("inf")), "two.weight or its batch normalisation holds NaN"),
     "variance": (
         tiny_with("bn1.running_var", -1),
-        "the batch normalisation behind one.weight holds a negative variance",
+        "the variance behind one.weight is negative (a damaged file?)",
     ),
     "width": (
         Tiny(widths=(8, 24)).state_dict(),
@@ -370,7 +378,7 @@ REFUSED = {
     ),
     "order": (
         mixed_up(),
-        f"two.weight (16, 8, 3, 3){BN} does not fit x.cfg:5: layer 0 ([convolutional] at line 5) takes",
+        f"two.weight (16, 8, 3, 3){BN} does not fit x.cfg:5: layer 0, [convolutional], takes",
     ),
     "no statistics": (
         {name: tensor for name, tensor in Tiny().state_dict().items() if "bn2" not in name},
@@ -425,7 +433,9 @@ def test_other_networks_are_refused(name: str, other: str, theirs: str, wish: st
     torch.save(getattr(torchvision.models, other)().state_dict(), "x.pth")
     outcome = convert(make_cfg(tmp_path / "x.cfg", name), "x.pth", "y.pt")
     assert outcome.status == 2
-    assert re.match(rf"x\.pth: {re.escape(theirs)}[ a-z]* does not fit {tmp_path}/x\.cfg:\d+: layer \d+ ", outcome.err)
+    assert re.match(
+        rf"x\.pth: {re.escape(theirs)}[ a-z]* does not fit {tmp_path}/x\.cfg:\d+: layer \d+, \[", outcome.err
+    )
     assert f"takes {wish}" in outcome.err
     assert not Path("y.pt").exists()
 
@@ -461,13 +471,17 @@ def test_flags_are_checked(convert, tmp_path: Path) -> None:
     outcome = convert(cfg, "x.pth", "x.onnx")
     assert outcome.status == 2
     assert "-o/--output: expected a name that ends in .weights or .pt, gets 'x.onnx'" in outcome.err
+    Path("x.pth").rename("x.pt")
+    outcome = convert(cfg, "x.pt", tmp_path / "x.pt")
+    assert outcome.status == 2
+    assert "-o/--output: expected another file than --from" in outcome.err
     cfg.write_text(cfg.read_text().replace("width", "channels=1\nwidth"))
     grey = Tiny().state_dict()
     grey["one.weight"] = grey["one.weight"][:, :1]
     torch.save(grey, "x.pth")
     outcome = convert(cfg, "x.pth", "x.pt")
     assert outcome.status == 2
-    assert "normalisation needs a first convolution on 3 channels" in outcome.err
+    assert "x.cfg: its first convolution reads no RGB picture" in outcome.err
     assert convert(cfg, "x.pth", "x.pt", "--no-normalize").status == 0
     assert convert(cfg, "x.pth", "x.pt", "--no-normalize").out.endswith("overwrote x.pt\n")
 

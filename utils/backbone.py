@@ -91,15 +91,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         ) from None
     if isinstance(found, Mapping) and isinstance(found.get("cfg"), str):
         raise WeightsError(f"{path}: is a Darkslim checkpoint (give it to train.py --weights as it is)")
-    nested = True
-    while nested and isinstance(found, Mapping):
-        nested = next((found[key] for key in NESTED if isinstance(found.get(key), Mapping)), None)
-        found = nested or found
+    for _ in range(3):  # levels of nesting
+        if isinstance(found, Mapping):
+            found = next((found[key] for key in NESTED if isinstance(found.get(key), Mapping)), found)
     entries = found.items() if isinstance(found, Mapping) else ()
-    state = {str(name): tensor for name, tensor in entries if isinstance(tensor, Tensor)}
+    state = {str(name): tensor for name, tensor in entries if isinstance(tensor, Tensor) and _is_value(tensor)}
     if not state:
         raise WeightsError(f"{path}: holds no tensors by name (expected a state dict, alone or under 'state_dict')")
-    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.ndim}
+    return state
 
 
 def group(state: Mapping[str, Tensor]) -> list[Group]:
@@ -111,12 +110,8 @@ def group(state: Mapping[str, Tensor]) -> list[Group]:
     groups: list[Group] = []
     for module, tensors in modules.items():
         last = groups[-1] if groups else None
-        if (
-            last
-            and tensors.keys() >= STATISTICS
-            and not last.bn
-            and {len(t) for t in tensors.values()} == {last.shape[0]}
-        ):
+        lengths = {len(tensor) for tensor in tensors.values()}
+        if last and last.bn is None and tensors.keys() >= STATISTICS and lengths == {len(last.weight)}:
             groups[-1] = replace(last, bn=tensors)
         else:
             leaf = "weight" if "weight" in tensors else next(iter(tensors))
@@ -139,9 +134,7 @@ def match(model: Darknet, groups: Sequence[Group], path: str | Path) -> Match:
         if each and _fits(model.layers[index], each):
             pairs.append((index, each))
             fresh, skipped = fresh + skipped, []
-        elif (
-            each and _is_own_gate(model, index) and (each.bn or not isinstance(model.layers[index].module, Convolution))
-        ):
+        elif each and _is_own_gate(model, index, each):
             skipped.append(index)
         else:
             following = index
@@ -161,32 +154,28 @@ def fill(model: Darknet, found: Match, path: str | Path, *, eps: float, normaliz
 
     `normalize` folds ImageNet's mean and deviation into the first layer. Raises WeightsError for unusable values.
     """
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (MEAN, STD))
     for place, (index, each) in enumerate(found.pairs):
         layer = model.layers[index]
-        weight, bn = each.weight.double().view(each.shape), each.bn
-        bias = torch.zeros(each.shape[0]).double() if each.bias is None else each.bias.double()
-        statistics = {name: bn[name].double() for name in STATISTICS} if bn else {}
-        if not all(tensor.isfinite().all() for tensor in (weight, bias, *statistics.values())):
+        bias = torch.zeros(len(each.weight)) if each.bias is None else each.bias
+        parts = {"weight": each.weight.view(each.shape), "bias": bias}
+        parts |= {f"bn.{name}": each.bn[name] for name in STATISTICS} if each.bn else {}
+        if not all(tensor.float().isfinite().all() for tensor in parts.values()):
             raise WeightsError(
                 f"{path}: {each.name} or its batch normalisation holds NaN or infinity (a failed training?)"
             )
-        if bn and (statistics["running_var"] + eps <= 0).any():
-            raise WeightsError(
-                f"{path}: the batch normalisation behind {each.name} holds a negative variance (damaged?)"
-            )
+        values = {name: tensor.double() for name, tensor in parts.items()}
         if normalize and place == 0:
-            weight = weight / torch.tensor(STD, dtype=weight.dtype).view(-1, 1, 1)
-            bias = bias - (weight * torch.tensor(MEAN, dtype=weight.dtype).view(-1, 1, 1)).sum((1, 2, 3))
-        if bn:
-            statistics["running_mean"] -= bias
-            statistics["running_var"] += eps - layer.module.bn.eps
-            values = {f"bn.{name}": tensor for name, tensor in statistics.items()}
-        else:
-            values = {"conv.bias": bias}
-        values["conv.weight"] = weight
+            values["weight"] = values["weight"] / std
+            values["bias"] = values["bias"] - (values["weight"] * mean).sum((1, 2, 3))
+        if each.bn:
+            if (values["bn.running_var"] + eps <= 0).any():
+                raise WeightsError(f"{path}: the variance behind {each.name} is negative (a damaged file?)")
+            values["bn.running_mean"] -= values["bias"]
+            values["bn.running_var"] += eps - layer.module.bn.eps
         own = layer.module.state_dict()
         for name in layer.tensors:
-            own[name].copy_(values[name])
+            own[name].copy_(values[name.removeprefix("conv.")])
 
 
 def write(model: Darknet, found: Match, path: str | Path) -> None:
@@ -198,14 +187,10 @@ def write(model: Darknet, found: Match, path: str | Path) -> None:
         save_checkpoint(path, {"cfg": dump(model.cfg), "cfg_path": model.cfg.path, "model": state})
         return
     if found.fresh:
-        names = ", ".join(_place(model, index) for index in found.fresh)
-        raise WeightsError(
-            f"{path}: a .weights file has no gaps, and the state dict lacks {names} (write a .pt: -o x.pt)"
-        )
+        places = _places(model, found.fresh)
+        raise WeightsError(f"{path}: a .weights file has no gaps, but the state dict lacks {places} (write a .pt)")
     if any(model.layers[index].rules.skip_load or model.layers[index].rules.skip_scales for index in filled):
-        raise WeightsError(
-            f"{path}: a .weights file leaves out what dontload and dontloadscales say (write a .pt: -o x.pt)"
-        )
+        raise WeightsError(f"{path}: a .weights file leaves out what dontload and dontloadscales say (write a .pt)")
     save_weights(model, path, filled[-1] + 1)
 
 
@@ -217,6 +202,11 @@ def guess_eps(state: Mapping[str, Any]) -> tuple[float, str]:
     return EPS, "PyTorch's default"
 
 
+def _is_value(tensor: Tensor) -> bool:
+    """Tell plain numbers from counts such as num_batches_tracked."""
+    return tensor.is_floating_point() and tensor.ndim > 0 and tensor.layout == torch.strided and not tensor.is_meta
+
+
 def _fits(layer: Layer, each: Group) -> bool:
     if not isinstance(layer.module, Convolution):
         return False
@@ -224,14 +214,16 @@ def _fits(layer: Layer, each: Group) -> bool:
     return is_like and (each.bias is None or tuple(each.bias.shape) == each.shape[:1])
 
 
-def _is_own_gate(model: Darknet, index: int) -> bool:
-    """Tell whether a layer is of an attention section, whose layers keep their input's shape or see but its mean."""
+def _is_own_gate(model: Darknet, index: int, each: Group) -> bool:
+    """Tell whether a layer is of an attention section, all of whose layers are gates, and `each` is of another kind."""
     line = _line(model, index)
-    members = [i for i, layer in enumerate(model.layers) if layer.tensors and _line(model, i) == line]
-    return all(_is_gate(model.layers[i]) for i in members)
+    members = [layer for i, layer in enumerate(model.layers) if layer.tensors and _line(model, i) == line]
+    is_other = each.bn is not None or not isinstance(model.layers[index].module, Convolution)
+    return is_other and all(map(_is_gate, members))
 
 
 def _is_gate(layer: Layer) -> bool:
+    """Tell whether a layer keeps its input's channels, or computes on the mean of a map."""
     if isinstance(layer.module, Convolution):
         return layer.size == (1, 1) and "bn.weight" not in layer.tensors
     return not layer.is_fresh
@@ -241,11 +233,13 @@ def _line(model: Darknet, index: int) -> int:
     return model.expanded.sections[1 + index].line
 
 
-def _place(model: Darknet, index: int) -> str:
-    """Name a layer by the section that is written in the cfg, a macro where it is one's."""
-    line = _line(model, index)
-    name = next(section.name for section in model.cfg.sections[1:] if section.line == line)
-    return f"layer {index} ([{name}] at line {line})"
+def _section(model: Darknet, index: int) -> str:
+    """Name the section of a layer as it is written in the cfg, which may be a macro."""
+    return next(f"[{section.name}]" for section in model.cfg.sections[1:] if section.line == _line(model, index))
+
+
+def _places(model: Darknet, indices: Sequence[int]) -> str:
+    return ", ".join(f"layer {index} ({_section(model, index)} at line {_line(model, index)})" for index in indices)
 
 
 def _wish(model: Darknet, index: int) -> str:
@@ -254,7 +248,7 @@ def _wish(model: Darknet, index: int) -> str:
     key = "conv.weight" if "conv.weight" in layer.tensors else layer.tensors[0]
     shape = tuple(layer.module.state_dict()[key].shape)
     has_bn = " with batch normalisation" if "bn.weight" in layer.tensors else ""
-    return f"{model.cfg.path}:{_line(model, index)}: {_place(model, index)} takes {shape}{has_bn}"
+    return f"{model.cfg.path}:{_line(model, index)}: layer {index}, {_section(model, index)}, takes {shape}{has_bn}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -272,6 +266,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".weights", ".pt"):
         parser.error(f"argument -o/--output: expected a name that ends in .weights or .pt, gets {args.output!r}")
+    if Path(args.output).resolve() == Path(args.source).resolve():
+        parser.error("argument -o/--output: expected another file than --from")
     return args
 
 
@@ -284,22 +280,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = model.layers[found.pairs[0][0]]
     if not args.no_normalize and (first.inputs != (-1,) or model.channels != len(MEAN)):
         raise WeightsError(
-            f"{args.source}: ImageNet's normalisation needs a first convolution on 3 channels,"
-            f" {args.cfg} has {model.channels} (give --no-normalize)"
+            f"{args.cfg}: its first convolution reads no RGB picture, as ImageNet's normalisation needs"
+            " (give --no-normalize, or set channels=3)"
         )
     eps, why = (args.bn_eps, "--bn-eps") if args.bn_eps else guess_eps(state)
     fill(model, found, args.source, eps=eps, normalize=not args.no_normalize)
-    existed = Path(args.output).exists()
+    verb = "overwrote" if Path(args.output).exists() else "wrote"
     write(model, found, args.output)
     log.info("%s fills layers %s of %s", args.source, describe(model, load_weights(model, args.output)), args.cfg)
     if found.fresh:
-        log.info("not in it, these start fresh: %s", ", ".join(_place(model, index) for index in found.fresh))
+        log.info("not in it, these start fresh: %s", _places(model, found.fresh))
     if found.rest:
         log.info("set aside, as its classifier: %s", ", ".join(map(str, found.rest)))
     log.info("its batch normalisation adds %g to the variance (%s; --bn-eps sets it)", eps, why)
-    plain = "takes RGB in 0..1" if args.no_normalize else "takes normalised RGB, folded into the first layer"
-    log.info("it %s (see --no-normalize)", plain)
-    log.info("%s %s", "overwrote" if existed else "wrote", args.output)
+    if not args.no_normalize:
+        log.info(
+            "ImageNet's mean and deviation are folded into layer %d (--no-normalize leaves them)", found.pairs[0][0]
+        )
+    log.info("%s %s", verb, args.output)
 
 
 if __name__ == "__main__":
