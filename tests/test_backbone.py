@@ -16,6 +16,7 @@ from conftest import Outcome
 from torch import Tensor, nn
 
 from models import Darknet, load_cfg, load_weights, parse
+from models.layer import Layer
 from models.weights import save_checkpoint
 from utils import backbone, cli, compose
 
@@ -329,6 +330,26 @@ def test_a_gate_of_ours_starts_fresh(gate: str, convert, tmp_path: Path) -> None
     assert [i for i in filled if model.layers[i].tensors] == [0, len(model.layers) - 4]
 
 
+@pytest.mark.parametrize("attention", ["se", "cbam", "eca"])
+@pytest.mark.parametrize("name", ["shufflenetv2-1x-imagenet", "mobilenetv3-small"])
+def test_composed_attention_starts_fresh(name: str, attention: str, convert, tmp_path: Path) -> None:
+    release = RELEASES[name][0]()
+    torch.save(release.state_dict(), "x.pth")
+    outcome = convert(make_cfg(tmp_path / "x.cfg", name, "--attention", attention), "x.pth", "x.pt")
+    assert outcome.status == 0, outcome.err
+    (fresh,) = [line for line in outcome.out.splitlines() if line.startswith("not in it, these start fresh: ")]
+    assert len({*re.findall(rf"\[{attention}\] at line \d+", fresh)}) == 2
+    model = Darknet(load_cfg(tmp_path / "x.cfg"))
+    counted = sum(
+        model.layers[i].module.bn.num_features for i in load_weights(model, "x.pt") if has_bn(model.layers[i])
+    )
+    assert counted == sum(part.num_features for part in release.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+def has_bn(layer: Layer) -> bool:
+    return "bn.weight" in layer.tensors
+
+
 def mixed_up() -> dict[str, Tensor]:
     names = ("two", "bn2", "one", "bn1", "fc")
     return {name: tensor for part in names for name, tensor in Tiny().state_dict().items() if name.startswith(part)}
@@ -353,21 +374,21 @@ def cut_off(size: int) -> bytes:
 
 
 BN = " with batch normalisation"
-ADVICE = "(expected the cfg of the same network and width, and the state dict as it was released)"
+ADVICE = "(give the cfg of the same network and width: utils.compose has backbones as released, …-imagenet)"
 THIRD = f"x.cfg:15: layer 2, [convolutional], takes (16, 8, 3, 3){BN}"
 REFUSED = {
     "missing": (None, "cannot read the state dict: No such file or directory"),
-    "empty": (b"", "is not a readable state dict (empty, cut short, or not by torch.save: load it again)"),
+    "empty": (b"", "is not a readable state dict (empty, cut short or damaged: get it again)"),
     "text": (b"not a state dict\n", "is not a readable state dict (empty, "),
     "cut short": (cut_off(3000), "is not a readable state dict (empty, "),
-    "module": (Tiny(), "holds Python objects (a whole module?), expected tensors alone (save its state_dict())"),
+    "module": (Tiny(), "holds Python objects (a whole module?): save its state_dict()"),
     "number": (3, "holds no tensors by name (expected a state dict, alone or under 'state_dict')"),
     "endless": (endless(), "holds no tensors by name"),
     "sparse": ({"one.weight": torch.eye(3).to_sparse()}, "holds no tensors by name"),
     "no tensors": ({"state_dict": {}}, "holds no tensors by name"),
     "ours": ({"cfg": "[net]\n", "model": {}}, "is a Darkslim checkpoint (give it to train.py --weights as it is)"),
-    "nan": (tiny_with("two.weight", float("nan")), "two.weight or its batch normalisation holds NaN or infinity"),
-    "infinite": (tiny_with("bn2.running_var", float("inf")), "two.weight or its batch normalisation holds NaN"),
+    "nan": (tiny_with("two.weight", float("nan")), "two.weight or what normalises it holds NaN or infinity"),
+    "infinite": (tiny_with("bn2.running_var", float("inf")), "two.weight or what normalises it holds NaN"),
     "variance": (
         tiny_with("bn1.running_var", -1),
         "the variance behind one.weight is negative (a damaged file?)",

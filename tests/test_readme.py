@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
-from utils import lint
+from utils import backbone, lint
 from utils.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,10 @@ def test_python_commands_run(command, tmp_path):
         words = shlex.split(line)[1:]
         if words[:2] == ["-m", "utils.lint"]:
             lint.main(words[2:])
+            continue
+        if words[:2] == ["-m", "utils.backbone"]:
+            torch.save(torchvision.models.mobilenet_v3_large().state_dict(), words[words.index("--from") + 1])
+            backbone.main(words[2:])
             continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)

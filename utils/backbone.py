@@ -8,9 +8,7 @@ that the cfg adds as sections of their own (an [eca] after a stage) start fresh;
 calls for a .pt. Prints the layers that it fills, within seconds.
 
 The features then equal the classifier's: the constant of its batch normalisation is folded into the variance,
-ImageNet's mean and deviation into the first layer. One thing differs: the classifier pads normalised pictures, with the
-mean colour, the cfg's network pads with black. --no-normalize is for what was trained on plain RGB in 0..1.
-"""
+ImageNet's XX"""
 
 import argparse
 import pickle
@@ -83,11 +81,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: cannot read the state dict: {error.strerror or error}") from None
     except Exception as error:  # whatever bytes that are no pickle make of the unpickler
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise WeightsError(
-                f"{path}: holds Python objects (a whole module?), expected tensors alone (save its state_dict())"
-            ) from None
+            raise WeightsError(f"{path}: holds Python objects (a whole module?): save its state_dict()") from None
         raise WeightsError(
-            f"{path}: is not a readable state dict (empty, cut short, or not by torch.save: load it again)"
+            f"{path}: is not a readable state dict (empty, cut short or damaged: get it again)"
         ) from None
     if isinstance(found, Mapping) and isinstance(found.get("cfg"), str):
         raise WeightsError(f"{path}: is a Darkslim checkpoint (give it to train.py --weights as it is)")
@@ -144,7 +140,7 @@ def match(model: Darknet, groups: Sequence[Group], path: str | Path) -> Match:
     if not pairs or len(pairs) < features or is_inside:
         theirs = f"{path}: {rest[0]}" if rest else f"{path}: ends with {pairs[-1][1]}, which"
         ours = f"{model.cfg.path}, which has no layer left" if following is None else _wish(model, following)
-        advice = "expected the cfg of the same network and width, and the state dict as it was released"
+        advice = "give the cfg of the same network and width: utils.compose has backbones as released, …-imagenet"
         raise WeightsError(f"{theirs} does not fit {ours} ({advice})")
     return Match(pairs, fresh, rest)
 
@@ -161,9 +157,7 @@ def fill(model: Darknet, found: Match, path: str | Path, *, eps: float, normaliz
         parts = {"weight": each.weight.view(each.shape), "bias": bias}
         parts |= {f"bn.{name}": each.bn[name] for name in STATISTICS} if each.bn else {}
         if not all(tensor.float().isfinite().all() for tensor in parts.values()):
-            raise WeightsError(
-                f"{path}: {each.name} or its batch normalisation holds NaN or infinity (a failed training?)"
-            )
+            raise WeightsError(f"{path}: {each.name} or what normalises it holds NaN or infinity (a failed training?)")
         values = {name: tensor.double() for name, tensor in parts.items()}
         if normalize and place == 0:
             values["weight"] = values["weight"] / std
