@@ -405,6 +405,10 @@ REFUSED = {
         {name: tensor for name, tensor in Tiny().state_dict().items() if "bn2" not in name},
         f"two.weight (16, 8, 3, 3) does not fit {THIRD}",
     ),
+    "statistics": (
+        {name: tensor[:, None] if "bn2.r" in name else tensor for name, tensor in Tiny().state_dict().items()},
+        f"two.weight (16, 8, 3, 3) does not fit {THIRD}",
+    ),
     "other": (torchvision.models.squeezenet1_1().state_dict(), "features.0.weight (64, 3, 3, 3) does not fit x.cfg:5:"),
 }
 

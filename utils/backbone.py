@@ -106,8 +106,8 @@ def group(state: Mapping[str, Tensor]) -> list[Group]:
     groups: list[Group] = []
     for module, tensors in modules.items():
         last = groups[-1] if groups else None
-        lengths = {len(tensor) for tensor in tensors.values()}
-        if last and last.bn is None and tensors.keys() >= STATISTICS and lengths == {len(last.weight)}:
+        shapes = {tensor.shape for tensor in tensors.values()}
+        if last and last.bn is None and tensors.keys() >= STATISTICS and shapes == {last.weight.shape[:1]}:
             groups[-1] = replace(last, bn=tensors)
         else:
             leaf = "weight" if "weight" in tensors else next(iter(tensors))
