@@ -36,7 +36,9 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
     """
     model = Darknet(cfg if isinstance(cfg, Cfg) else load_cfg(cfg), allow_unknown=allow_unknown)
     filled = load_weights(model, weights)
-    missing = [i for i, layer in enumerate(model.layers) if i not in filled and not layer.rules.skip_load]
+    missing = [
+        i for i, layer in enumerate(model.layers) if i not in filled and layer.tensors and not layer.rules.skip_load
+    ]
     if missing:
         raise WeightsError(
             f"{weights}: is partial: it fills {describe(model, filled)} layers of {model.cfg.path},"
@@ -48,7 +50,7 @@ def load_model(cfg: Cfg | str | Path, weights: str | Path, *, allow_unknown: boo
 def load_weights(model: Darknet, path: str | Path) -> list[int]:
     """Fill `model` from a `.weights` or `.pt` file, whole or partial, and return the indices of the filled layers.
 
-    A layer without parameters counts as filled when everything before it is. A `.weights` file holds nothing of a layer
+    A layer without parameters counts as filled when what is before it is. A `.weights` file holds nothing of a layer
     with `dontload` and neither scales nor statistics of one with `dontloadscales`, as Darknet reads it. Raises
     WeightsError.
     """
@@ -59,11 +61,16 @@ def load_weights(model: Darknet, path: str | Path) -> list[int]:
 
 
 def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) -> list[int]:
-    """Fill every layer of `model` whose tensors all stand in `state` with the same shapes."""
-    own, filled = model.state_dict(), []
+    """Fill every layer of `model` whose tensors all stand in `state` with the same shapes.
+
+    A layer without parameters counts as filled when the last one before it that has some is.
+    """
+    own, filled, is_filled = model.state_dict(), [], True
     for index, layer in enumerate(model.layers):
         names = _state_names(index, layer)
-        if all(getattr(state.get(name), "shape", None) == own[name].shape for name in names):
+        if names:
+            is_filled = all(getattr(state.get(name), "shape", None) == own[name].shape for name in names)
+        if is_filled:
             if not all(state[name].isfinite().all() for name in names):
                 raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
             filled.append(index)
@@ -74,15 +81,17 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
     return filled
 
 
-def save_weights(model: Darknet, path: str | Path) -> None:
-    """Write Darknet's `.weights`, atomically. The header is the one that was read, or version 0.2.5."""
+def save_weights(model: Darknet, path: str | Path, count: int | None = None) -> None:
+    """Write Darknet's `.weights`, atomically: of all layers, or a partial file of the first `count`.
+
+    The header is the one that was read, or version 0.2.5.
+    """
     assert not model.is_fused, "a fused network has no batch normalisation left to write"
     major, minor, revision, seen = model.header
     seen_bytes = struct.pack("<q" if major * 10 + minor >= 2 else "<i", seen)
     parts = [struct.pack("<3i", major, minor, revision) + seen_bytes]
-    parts += [
-        tensor.detach().cpu().numpy().astype("<f4").tobytes() for layer in model.layers for tensor in _tensors(layer)
-    ]
+    tensors = (tensor for layer in model.layers[:count] for tensor in _tensors(layer))
+    parts += [tensor.detach().cpu().numpy().astype("<f4").tobytes() for tensor in tensors]
     write_atomically(path, lambda partial: partial.write_bytes(b"".join(parts)))
 
 

@@ -55,6 +55,7 @@ FLOORS = {
     "utils/compose_backbones.py": 5,
     "utils/compose_heads.py": 5,
     "utils/zoo.py": 5,
+    "utils/backbone.py": 6,
     "utils/compose.py": 6,
     "utils/engine.py": 6,
     "utils/cfg_keys.py": 6,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
-from utils import compose, lint
+from utils import backbone, compose, lint
 from utils.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +70,10 @@ def test_python_commands_run(command, tmp_path):
     write_hands(tmp_path / "data/oxfordhand")
     for line in (line for line in COMMANDS if line.startswith("python")):
         words = shlex.split(line)[1:]
-        if words[:2] in (["-m", "utils.lint"], ["-m", "utils.compose"]):
-            {"utils.lint": lint, "utils.compose": compose}[words[1]].main(words[2:])
+        if words[:2] in [["-m", f"utils.{name}"] for name in ("lint", "compose", "backbone")]:
+            if "--from" in words:
+                torch.save(torchvision.models.mobilenet_v3_large().state_dict(), words[words.index("--from") + 1])
+            {"lint": lint, "compose": compose, "backbone": backbone}[words[1].removeprefix("utils.")].main(words[2:])
             continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)
