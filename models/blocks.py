@@ -225,14 +225,18 @@ def shuffle_stage(section: Section, built: Built) -> str:
 
 
 def stage(section: Section, built: Built) -> str:
-    """Write a [shuffle_stage] with the units that ShuffleNetV2 has in this stage: 4, 8, 4."""
-    return _shuffle_stage(section, built, "out_channels", STAGE_UNITS[section.name])
+    """Write a [shuffle_stage] with the units that ShuffleNetV2 has in this stage: 4, 8, 4.
+
+    In the detectors that write it so, the first unit's second branch keeps its channels up to its last convolution.
+    """
+    units, channels = STAGE_UNITS[section.name], built.previous.channels
+    return _shuffle_stage(section, built, "out_channels", units, hidden=channels)
 
 
-def _shuffle_stage(section: Section, built: Built, key: str, units: int) -> str:
+def _shuffle_stage(section: Section, built: Built, key: str, units: int, *, hidden: int | None = None) -> str:
     writer, source, channels = _make_writer(section, built), built.index - 1, built.previous.channels
     half, activation = _read_even(section, key) // 2, _read_activation(section, "relu")
-    hidden = _read_filters(section, "hidden", half)  # the input's channels in the published detectors
+    hidden = _read_filters(section, "hidden", hidden or half)
     writer.conv(channels, "linear", 3, 2, groups=channels)
     beside = writer.conv(half, activation)
     writer.route(source)

@@ -193,7 +193,8 @@ def test_every_macro_is_compared() -> None:
 @pytest.mark.parametrize(("name", "units"), [("stage2", 4), ("stage3", 8), ("stage4", 4)])
 def test_stages_are_shuffle_stages(name: str, units: int) -> None:
     stage = build(f"[{name}]\nout_channels=20\nactivation=leaky\nw_bits=4")
-    assert describe(stage) == describe(build(f"[shuffle_stage]\nfilters=20\nunits={units}\nactivation=leaky\nw_bits=4"))
+    keys = f"filters=20\nhidden=16\nunits={units}\nactivation=leaky\nw_bits=4"
+    assert describe(stage) == describe(build(f"[shuffle_stage]\n{keys}"))
 
 
 @pytest.mark.parametrize("macro", EXPANSIONS)
@@ -384,7 +385,12 @@ def test_shufflenet_stages_are_torchvisions() -> None:
     network, x = shufflenet_v2_x1_0(weights=None), random(2, 24, 32, 64)
     stages = nn.Sequential(network.stage2, network.stage3, network.stage4)
     check_parity(
-        stages, x, *(f"[{name}]\nout_channels={C}" for name, C in (("stage2", 116), ("stage3", 232), ("stage4", 464)))
+        stages,
+        x,
+        *(
+            f"[{name}]\nout_channels={C}"
+            for name, C in (("stage2", "116\nhidden=58"), ("stage3", 232), ("stage4", 464))
+        ),
     )
     check_parity(network.stage2, x, "[shuffle_stage]\nfilters=116")
 

@@ -188,18 +188,18 @@ def shufflenetv2(draft: Draft, *, filters: tuple[int, int, int], is_thin: bool) 
     draft.output("C5")
 
 
-def slim(draft: Draft, *, stem: int, stages: Sequence[tuple[int, int, int]]) -> None:
+def slim(draft: Draft, *, stem: int, stages: Sequence[tuple[int, int]], neck: tuple[tuple[int, int, int], int]) -> None:
     """Write a light backbone of ours: per stage a convolution of stride 2 and an [elan], at the end pooling of 3 sizes.
 
-    A stage is filters, hidden filters and repeats.
+    A stage is its filters and repeats; `neck` is what a light head may use, filters of every scale and repeats.
     """
+    draft.neck = neck
     draft.conv(stem, stride=2, activation="swish")
-    for place, (filters, hidden, repeat) in enumerate(stages):
+    for (filters, repeat), level in zip(stages, ("", "C3", "C4", ""), strict=True):
         draft.conv(filters, stride=2, activation="swish")
-        draft.macro("elan", filters=filters, hidden=hidden, repeat=repeat)
-        if 0 < place < len(stages) - 1:
-            draft.output("C3" if place == 1 else "C4")
-    filters = stages[-1][0]
+        draft.macro("elan", filters=filters, repeat=repeat)
+        if level:
+            draft.output(level)
     draft.conv(filters // 2, 1, activation="swish")
     for _ in range(3):  # one after the other: windows of 5, 9 and 13
         draft.maxpool(5, 1)
@@ -248,9 +248,9 @@ BACKBONES: dict[str, Backbone] = {
     "mobilenetv3-large": Backbone(partial(mobilenetv3, blocks=MOBILES_LARGE, last=960), "MobileNetV3-large", MOBILENET),
     "mobilenetv3-small": Backbone(partial(mobilenetv3, blocks=MOBILES_SMALL, last=576), "MobileNetV3-small", MOBILENET),
     "slim-s": Backbone(
-        partial(slim, stem=16, stages=((32, 16, 2), (64, 32, 2), (96, 48, 2), (160, 64, 2))), "Slim-s", ""
+        partial(slim, stem=16, stages=((32, 1), (64, 2), (96, 2), (160, 1)), neck=((48, 80, 112), 1)), "Slim-s", ""
     ),
     "slim-m": Backbone(
-        partial(slim, stem=24, stages=((48, 24, 2), (96, 48, 2), (160, 80, 2), (256, 96, 2))), "Slim-m", ""
+        partial(slim, stem=16, stages=((32, 2), (64, 2), (128, 4), (224, 2)), neck=((64, 96, 160), 2)), "Slim-m", ""
     ),
 }

@@ -45,8 +45,8 @@ class Head(NamedTuple):
 
     @property
     def anchors(self) -> int:
-        """Count the anchors: three a scale."""
-        return 3 * len(self.masks)
+        """Count the anchors."""
+        return sum(len(mask.split(",")) for mask in self.masks)
 
 
 def yolov3(draft: Draft) -> None:
@@ -104,27 +104,24 @@ def yolov4(draft: Draft) -> None:
         draft.predict()
 
 
-def pan_lite(draft: Draft, filters: tuple[int, int, int] = (64, 96, 128)) -> None:
-    """Write a light path aggregation network (https://arxiv.org/abs/1803.01534) of `filters` for C3, C4 and C5.
+def pan_lite(draft: Draft) -> None:
+    """Write a light path aggregation network (https://arxiv.org/abs/1803.01534): there and back over the scales.
 
-    It steps down by depthwise-separable convolutions, and mixes in one [elan] a scale and direction.
+    It mixes maps in one [elan] a scale and direction, with the filters and repeats of the draft's neck.
     """
-    fine, middle, coarse = filters
-    tops = [draft.conv(coarse, 1, activation="swish")]
-    for level, width in (("C4", middle), ("C3", fine)):
-        draft.conv(width, 1, activation="swish")
+    (fine, middle, coarse), repeat = draft.neck
+    tops = []
+    for level, filters in (("C4", middle), ("C3", fine)):
+        tops.append(draft.conv(filters, 1, activation="swish"))
         draft.upsample()
-        draft.route(draft.outputs[level], note=level)
-        draft.conv(width, 1, activation="swish")
-        draft.route(-1, -3)
-        tops.append(draft.macro("elan", filters=width))
+        draft.with_map(level)
+        draft.macro("elan", filters=filters, repeat=repeat)
     draft.predict("logistic")
-    for before, width, top in ((fine, middle, tops[1]), (middle, coarse, tops[0])):
+    for before, filters, top in ((fine, middle, tops[1]), (middle, coarse, tops[0])):
         draft.route(-3)
-        draft.conv(before, stride=2, activation="linear", is_depthwise=True)
-        draft.conv(width, 1, activation="swish")
+        draft.conv(before, stride=2, activation="swish")
         draft.route(-1, top, note="with the path from coarse to fine")
-        draft.macro("elan", filters=width)
+        draft.macro("elan", filters=filters, repeat=repeat)
         draft.predict("logistic")
 
 

@@ -20,7 +20,8 @@ class Draft:
 
     `width` scales all channels but the heads' own, to multiples of 8; `bits` is 0 or quantises every convolution but
     the first one and the heads' last; `attention` goes after the maps that the head `reads`; `yolos` are the keys of
-    the [yolo] sections to come; `outputs` are the layers of the maps C3, C4 and C5.
+    the [yolo] sections to come; `outputs` are the layers of the maps C3, C4 and C5; `neck` has the filters of a light
+    head at each of them, and its repeats.
     """
 
     size: int
@@ -31,6 +32,7 @@ class Draft:
     yolos: list[dict[str, object]] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+    neck: tuple[tuple[int, int, int], int] = ((64, 96, 160), 2)
 
     def add(self, name: str, keys: dict[str, object] | None = None, *, note: str = "") -> int:
         """Write a section, under a comment where `note` has one, and give its layer's number."""
@@ -43,16 +45,12 @@ class Draft:
         """Scale a number of channels by the width: a multiple of 8, at least 8; at width 1 the number itself."""
         return filters if self.width == 1 else max(8, round(filters * self.width / 8) * 8)
 
-    def conv(
-        self, filters: int, size: int = 3, *, stride: int = 1, activation: str = "leaky", is_depthwise: bool = False
-    ) -> int:
-        """Write a convolution with batch normalisation; a depthwise one has as many groups as filters."""
-        filters = self.scaled(filters)
-        keys = {"batch_normalize": 1, "filters": filters, "size": size, "stride": stride, "pad": 1}
-        groups = {"groups": filters} if is_depthwise else {}
+    def conv(self, filters: int, size: int = 3, *, stride: int = 1, activation: str = "leaky") -> int:
+        """Write a convolution with batch normalisation."""
+        keys = {"batch_normalize": 1, "filters": self.scaled(filters), "size": size, "stride": stride, "pad": 1}
         name = "quan_convolutional" if self.bits and self.sections else "convolutional"
         bits = self._bit_keys() if self.sections else {}
-        return self.add(name, keys | groups | {"activation": activation} | bits)
+        return self.add(name, keys | {"activation": activation} | bits)
 
     def macro(self, name: str, **keys: object) -> int:
         """Write a macro of convolutions."""

@@ -36,4 +36,6 @@ ZOO: dict[str, str] = {
     "shufflenetv2-1.5x": SHUFFLE_15X + COCO,
     "mobilenetv3-large": "--backbone mobilenetv3-large --head pan-lite" + COCO,
     "mobilenetv3-small": "--backbone mobilenetv3-small --head pan-lite" + COCO,
+    "slim-s": "--backbone slim-s --head pan-lite" + COCO,
+    "slim-m": "--backbone slim-m --head pan-lite" + COCO,
 }
