@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=cli.natural, default=0, help="seed of all randomness (default: 0)")
     parser.add_argument("--hyp", default="", help="file of key=value lines over the recipe's defaults")
     parser.add_argument("--lr", type=cli.rate, help=f"peak learning rate (default: {Recipe.lr})")
-    parser.add_argument("--adam", action="store_true", help="AdamW (at a tenth of --lr) instead of SGD")
+    parser.add_argument("--adam", action="store_true", help="AdamW (at a twentieth of --lr) instead of SGD")
     parser.add_argument("--multi-scale", action="store_true", help="draw a size between MIN and MAX for every batch")
     parser.add_argument("--rect", action="store_true", help="batches of like shapes, without mosaic")
     parser.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")

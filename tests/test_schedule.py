@@ -52,7 +52,7 @@ def test_no_warm_up() -> None:
     assert rates(Recipe(lr=1.0, warmup_epochs=0), epochs=4, steps=5)[0] == 1
 
 
-@pytest.mark.parametrize(("optimizer", "kind", "lr"), [("sgd", SGD, 0.03), ("adamw", AdamW, 0.003)])
+@pytest.mark.parametrize(("optimizer", "kind", "lr"), [("sgd", SGD, 0.03), ("adamw", AdamW, 0.0015)])
 def test_weight_decay_is_on_convolution_weights_alone(model: nn.Module, optimizer: str, kind: type, lr: float) -> None:
     recipe = Recipe(optimizer=optimizer, lr=0.03, weight_decay=0.01, momentum=0.8)
     made = make_optimizer(model, recipe)

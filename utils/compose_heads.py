@@ -169,7 +169,7 @@ HEADS: dict[str, Head] = {
         "light PAN",
         "https://arxiv.org/abs/1803.01534",
         LEVELS,
-        FINE_FIRST,
+        ("0,1", "2,3", "4,5"),
         STOCK | {"new_coords": 1, "resize": "1.5"} | CIOU | GREEDY | {"max_delta": 5},
         (2.0, 2.0, 2.0),
         {"mosaic": 1},

@@ -23,7 +23,7 @@ class Recipe:
     """Hyper-parameters of one training. Gains weigh the parts of the loss, probabilities are per image."""
 
     optimizer: str = "sgd"  # sgd (Nesterov) or adamw
-    lr: float = 0.01  # peak learning rate; AdamW takes a tenth
+    lr: float = 0.02  # peak learning rate; AdamW takes a twentieth
     final_lr: float = 0.01  # last learning rate as a fraction of the peak (cosine)
     momentum: float = 0.937  # of SGD, and beta1 of AdamW
     weight_decay: float = 5e-4  # on convolution weights
@@ -31,7 +31,7 @@ class Recipe:
     nominal_batch: int = 64  # gradients are accumulated up to this many images, as long as
     min_steps: int = 3000  # the training still makes this many optimizer steps
     ema_decay: float = 0.999  # limit of (1 + n) / (10 + n) after n steps
-    box_gain: float = 8.0
+    box_gain: float = 16.0
     objectness_gain: float = 32.0
     class_gain: float = 2.0
     anchor_ratio: float = 4.0  # an anchor takes a box whose sides differ from its own by less than this factor

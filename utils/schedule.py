@@ -18,7 +18,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if recipe.optimizer == "adamw":
-        return AdamW(groups, lr=recipe.lr / 10, betas=(recipe.momentum, 0.999))
+        return AdamW(groups, lr=recipe.lr / 20, betas=(recipe.momentum, 0.999))
     return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
 
 
