@@ -38,7 +38,7 @@ class Recipe:
     neighbours: float = 0.5  # cells answer for centres this far (in cells) outside, at most as far as decode reaches
     label_smoothing: float = 0.0
     mosaic: float = 1.0  # probability
-    close_mosaic: float = 0.15  # last fraction of the epochs, which see whole images
+    close_mosaic: float = 0.3  # last fraction of the epochs, which see whole images
     mixup: float = 0.0  # probability
     hue: float = 0.015  # fraction of the hue, either way
     saturation: float = 0.7  # fraction, either way
