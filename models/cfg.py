@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self, TypeAlias, TypeVar
 
-log = logging.getLogger("darkslim")
+log = logging.getLogger("darkslim.cfg")
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m utils.compose`."""
     parser = make_compose_parser()
     args = parser.parse_args(argv)
-    start_logging(stream=sys.stderr)  # standard output is for a cfg
+    start_logging(stream=sys.stderr, tells_cfg=False)  # standard output is for a cfg
     if args.all:
         for name in ZOO:
             _save(zoo_arguments(name))

@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.keys:
         print(reference(), end="")
         return
-    start_logging(stream=sys.stderr)  # standard output is for the figures
+    start_logging(stream=sys.stderr, tells_cfg=len(args.files) == 1)  # standard output is for the figures
     verdicts = [judge(path) for path in args.files]
     if args.json:
         print(json.dumps([figures(verdict, args.size) for verdict in verdicts], indent=1))

@@ -21,9 +21,13 @@ class Lines(logging.StreamHandler):
         super().handleError(record)
 
 
-def start_logging(file: Path | None = None, *, stream: TextIO | None = None) -> None:
-    """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too."""
+def start_logging(file: Path | None = None, *, stream: TextIO | None = None, tells_cfg: bool = True) -> None:
+    """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too.
+
+    Without `tells_cfg` only warnings about cfgs are told, not what is noticed and harmless.
+    """
     log.setLevel(logging.INFO)
+    log.getChild("cfg").setLevel(logging.INFO if tells_cfg else logging.WARNING)
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
