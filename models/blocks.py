@@ -232,6 +232,7 @@ def stage(section: Section, built: Built) -> str:
 def _shuffle_stage(section: Section, built: Built, key: str, units: int) -> str:
     writer, source, channels = _make_writer(section, built), built.index - 1, built.previous.channels
     half, activation = _read_even(section, key) // 2, _read_activation(section, "relu")
+    hidden = _read_filters(section, "hidden", half)  # the input's channels in the published detectors
     writer.conv(channels, "linear", 3, 2, groups=channels)
     beside = writer.conv(half, activation)
     writer.route(source)
@@ -239,8 +240,9 @@ def _shuffle_stage(section: Section, built: Built, key: str, units: int) -> str:
         if unit > 0:
             beside = writer.route(writer.last, half=0)
             writer.route(beside - 1, half=1)
-        writer.conv(half, activation)
-        writer.conv(half, "linear", 3, 1 if unit else 2, groups=half)
+        inner = half if unit else hidden
+        writer.conv(inner, activation)
+        writer.conv(inner, "linear", 3, 1 if unit else 2, groups=inner)
         writer.route(beside, writer.conv(half, activation))
         writer.add("[channel_shuffle]", "groups=2")
     return writer.text

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from models import Darknet, load_cfg, parse
 from models.layer import Built, Layer
 from models.layers import SECTIONS
+from utils.zoo import ZOO
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures"
@@ -16,6 +18,11 @@ SHIPPED = sorted(ROOT.glob("cfg/*.cfg"))
 INVALID = sorted(FIXTURES.glob("invalid/*.cfg"))
 CLASSIFIER = FIXTURES / "valid/classifier.cfg"
 CFGS = SHIPPED + sorted({*FIXTURES.rglob("*.cfg")} - {*INVALID})
+# Of the zoo's cfgs that differ in classes and anchors alone, one stands for all; make test-all takes every one.
+_FIRST = {words.split(" --data")[0]: stem for stem, words in reversed(ZOO.items())}
+REPEATED = {path for path in SHIPPED if path.stem in ZOO.keys() - _FIRST.values()}
+HEAVY_CFGS = [pytest.param(path, marks=[pytest.mark.slow] * (path in REPEATED)) for path in CFGS]
+HEAVY_DETECTORS = [param for param in HEAVY_CFGS if param.values != (CLASSIFIER,)]
 
 
 def name(path: Path) -> str:

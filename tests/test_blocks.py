@@ -253,6 +253,10 @@ def cbn(channels: int, filters: int, size: int = 1) -> int:
             "[shuffle_stage]\nfilters=20\nunits=3",
             cbn(1, 16, 3) + 2 * cbn(16, 10) + 5 * cbn(10, 10) + 3 * cbn(1, 10, 3),
         ),
+        (
+            "[shuffle_stage]\nfilters=20\nunits=2\nhidden=16",
+            2 * cbn(1, 16, 3) + 2 * cbn(16, 10) + cbn(16, 16) + 2 * cbn(10, 10) + cbn(1, 10, 3),
+        ),
     ],
 )  # fmt: skip
 def test_parameters(macro: str, parameters: int) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CFGS, CLASSIFIER, SHIPPED, name, seeded
+from networks import CFGS, HEAVY_DETECTORS, SHIPPED, name, seeded
 from torch import Tensor, nn
 
 from models import Darknet, load_cfg, parse
 from models.darknet import count_parameters
+from models.quant import QuantConv2d
 from models.yolo import decode
+from utils.zoo import ZOO
 
-DETECTORS = [path for path in CFGS if path != CLASSIFIER]
+WRITTEN_OUT = {path for path in SHIPPED if path.stem not in ZOO}  # without macros; networks that the zoo has too
 
 
 def images(model: Darknet, height: int, width: int, batch: int = 1) -> Tensor:
@@ -24,15 +26,18 @@ def images(model: Darknet, height: int, width: int, batch: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("path", DETECTORS, ids=name)
+@pytest.mark.parametrize("path", HEAVY_DETECTORS, ids=name)
 def test_fused_and_plain_networks_agree_at_any_size(path: Path) -> None:
     model = seeded(path)
+    if any(isinstance(module, QuantConv2d) for module in model.modules()):
+        model.double()  # in float32 some values are rounded to the level beside, which later layers multiply
+    dtype = next(model.parameters()).dtype
     fused = model.fuse()
     left = {module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)}
     assert left <= {*fused.blocks}  # sections of their own, [batchnorm]
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for height, width, batch in ((3, 5, 1), (1, 2, 2)):
-        x = images(model, height, width, batch)
+        x = images(model, height, width, batch).to(dtype)
         with torch.inference_mode():
             heads, fused_heads = model(x), fused(x)
         for head, fused_head, spec in zip(heads, fused_heads, model.heads, strict=True):
@@ -54,7 +59,22 @@ def test_a_shipped_cfg_says_what_it_is(path: Path) -> None:
     assert model.summary().splitlines()[-1].startswith(f"{len(model.layers)} layers, {said[1]} parameters, ")
 
 
-@pytest.mark.parametrize(("cfg", "parameters"), [("yolov3-tiny-hand", 8_669_876), ("yolov3-hand", 61_523_734)])
+@pytest.mark.parametrize(
+    ("cfg", "parameters"),
+    [
+        ("yolov3-hand", 61_523_734),
+        ("yolov3-tiny-hand", 8_669_876),
+        ("yolov3-tiny-se-hand", 8_933_172),
+        ("yolov3-tiny-cbam-hand", 8_801_046),
+        ("yolov3-tiny-eca-hand", 8_669_879),
+        ("shufflenetv2-1x-hand", 3_570_547),
+        ("shufflenetv2-1.5x-hand", 5_067_277),
+        ("shufflenetv2-1x-visdrone", 3_591_337),
+        ("shufflenetv2-1.5x-visdrone", 5_088_067),
+        ("ghost-yolov3-visdrone", 23_495_111),
+        ("vovnet-yolov3-visdrone", 42_660_871),
+    ],
+)
 def test_parameters_are_as_published(cfg: str, parameters: int) -> None:
     (path,) = (path for path in SHIPPED if path.stem == cfg)
     with torch.device("meta"):
@@ -93,7 +113,7 @@ def test_forward_keeps_only_what_a_later_layer_reads(path: Path) -> None:
     assert len(outputs) == len(model.layers)
 
 
-@pytest.mark.parametrize("path", [path for path in DETECTORS if path not in SHIPPED], ids=name)
+@pytest.mark.parametrize("path", [param for param in HEAVY_DETECTORS if param.values[0] not in WRITTEN_OUT], ids=name)
 def test_training_and_evaluation_return_the_same_and_every_parameter_learns(path: Path) -> None:
     model = seeded(path)
     x = images(model, 3, 3, batch=2)
@@ -102,6 +122,7 @@ def test_training_and_evaluation_return_the_same_and_every_parameter_learns(path
     assert [head.shape for head in heads] == shapes
     sum(head.square().mean() for head in heads).backward()
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
     assert [name for name in idle if ".self." not in name] == []  # of [crnn]: the state that it reads is zero
 
 

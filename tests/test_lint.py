@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import CFGS, INVALID, ROOT, name
+from networks import CFGS, HEAVY_CFGS, INVALID, ROOT, name
 from torch import nn
 
 from models import Darknet, load_cfg, parse, save_weights
@@ -91,7 +91,7 @@ def test_bflops_are_darknets(cfg: str, bflops: float, shared_data: Path) -> None
     assert lint.figures(verdict)["bflops"] == pytest.approx(bflops, abs=0.0005)
 
 
-@pytest.mark.parametrize("path", CFGS, ids=name)
+@pytest.mark.parametrize("path", HEAVY_CFGS, ids=name)
 def test_weights_bytes_are_those_of_the_file(path: Path, tmp_path: Path) -> None:
     model = Darknet(load_cfg(path))
     save_weights(model, tmp_path / "a.weights")

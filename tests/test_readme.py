@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import lint
+from utils import compose, lint
 from utils.scenes import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,23 @@ def write_hands(folder: Path) -> None:
     write_dataset(folder, train=6, valid=2, size=64, seed=1)
     for file in folder.glob("labels/*/*.txt"):
         file.write_text(re.sub(r"^\d", "0", file.read_text(), flags=re.MULTILINE))
+
+
+def zoo_rows() -> list[str]:
+    """Give the README's row of every shipped cfg: its title without papers, and the figures of utils.lint."""
+    rows = []
+    for path in sorted(ROOT.glob("cfg/*.cfg"), key=lambda path: path.stem):
+        title = re.split(r", https?:", path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "))[0]
+        each = lint.figures(lint.judge(str(path)), lint.TABLE_SIZE)
+        strides = " ".join(map(str, each["strides"]))
+        size = f"{each['weights_bytes'] / 1e6:.1f} MB"
+        cells = (f"`cfg/{path.name}`", title, f"{each['parameters']:,}", size, f"{each['bflops']:.2f}", strides)
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_the_zoo_has_lints_figures():
+    assert [line for line in README.splitlines() if line.startswith("| `cfg/")] == zoo_rows()
 
 
 def test_there_are_commands():
@@ -52,8 +69,8 @@ def test_python_commands_run(command, tmp_path):
     write_hands(tmp_path / "data/oxfordhand")
     for line in (line for line in COMMANDS if line.startswith("python")):
         words = shlex.split(line)[1:]
-        if words[:2] == ["-m", "utils.lint"]:
-            lint.main(words[2:])
+        if words[:2] in (["-m", "utils.lint"], ["-m", "utils.compose"]):
+            {"utils.lint": lint, "utils.compose": compose}[words[1]].main(words[2:])
             continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CFGS, seeded
+from networks import CFGS, HEAVY_CFGS, seeded
 
 from models import Darknet, WeightsError, dump, load_cfg, load_model, load_weights, save_weights
 from models.weights import checkpoint_cfg, describe, load_checkpoint, save_checkpoint
@@ -52,7 +52,8 @@ def refusal(model: Darknet, path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("path", "header"),
-    [pytest.param(path, LONG, id=path.stem) for path in CFGS] + [pytest.param(CFG, SHORT, id="32-bit seen")],
+    [pytest.param(*param.values, LONG, id=param.values[0].stem, marks=param.marks) for param in HEAVY_CFGS]
+    + [pytest.param(CFG, SHORT, id="32-bit seen")],
 )
 def test_a_weights_file_comes_back_byte_for_byte(path: Path, header: bytes, tmp_path: Path) -> None:
     model, first, second = empty(path), tmp_path / "first.weights", tmp_path / "second.weights"

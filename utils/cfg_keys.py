@@ -92,7 +92,11 @@ DEPTHWISE = {
     "size": "side of the depthwise kernel, odd",
     "stride": "step of the depthwise convolution",
 }
-STAGE = {"activation": "activation of the 1×1 convolutions", **QUANTISED}
+STAGE = {
+    "activation": "activation of the 1×1 convolutions",
+    "hidden": "channels of the first unit's second branch before its last convolution",
+    **QUANTISED,
+}
 
 # What the keys of a section are for; a section stands under its first name in SECTIONS, or its name in MACROS.
 MEANINGS: dict[str, dict[str, str]] = {
@@ -251,6 +255,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Gaussian_yolo": ("num=2",),
     "csp": ("filters=8", "hidden=8"),
     "elan": ("filters=8",),
+    "shuffle_stage": ("filters=8",),
+    "stage2": ("out_channels=8",),
 }
 
 KINDS = {

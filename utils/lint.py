@@ -2,9 +2,10 @@
 
     python -m utils.lint cfg/*.cfg
 
-Prints a row a file and the mistakes below, for a single file every layer too; ends with exit status 2 where there is a
-mistake. Takes about a second a file. `--json` prints the rows for other programs, `--expand` one cfg with
-primitive sections in place of macros, `--keys` the reference of the cfg language that stands in docs/cfg-reference.md.
+Prints a row a file, BFLOPs at one input size for all, and the mistakes below, for a single file every layer too; ends
+with exit status 2 where there is a mistake. Takes about a second a file. `--json` prints the rows for other programs,
+`--expand` one cfg with primitive sections in place of macros, `--keys` the reference of the cfg language that stands in
+docs/cfg-reference.md.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from models import CfgError, Darknet, dump, load_cfg
+from models import CfgError, Darknet, dump, load_cfg, parse
 from models.attention import ChannelGate, Eca
 from models.darknet import count_parameters
 from models.layer import Layer
@@ -25,10 +26,11 @@ from models.layers_conv import SharedConvolution
 from models.layers_pool import Blur, LocalAvgPool, MaxPool
 
 from .cfg_keys import reference
-from .cli import make_parser, run
+from .cli import make_parser, run, side
 from .log import start_logging
 
 HEADER = 20  # bytes of a .weights header of version 0.2
+TABLE_SIZE = 416  # pixels: networks are compared at one input size, whatever their cfgs say
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ def judge(path: str) -> Verdict:
         return Verdict(path, sections, tuple(map(str, error.mistakes)))
 
 
-def figures(verdict: Verdict) -> dict[str, object]:
+def figures(verdict: Verdict, size: int | None = None) -> dict[str, object]:
     """Give the figures of a file as --json prints them; None where mistakes prevent a network.
 
     `parameters` are the trainable ones, `weights_bytes` the size of the .weights file, `bflops` count a multiply-add as
-    two at the cfg's own input size, as Darknet does, `strides` are pixels a cell of every head.
+    two as Darknet does, at an input of `size` × `size` (default: the cfg's own; None where the network does not take
+    that size), `strides` are pixels a cell of every head.
     """
     model = verdict.model
     return {
@@ -65,10 +68,29 @@ def figures(verdict: Verdict) -> dict[str, object]:
         "sections": verdict.sections,
         "parameters": count_parameters(model) if model else None,
         "weights_bytes": weights_bytes(model) if model else None,
-        "bflops": sum(layer.flops for layer in model.layers) / 1e9 if model else None,
+        "bflops": bflops(model, size) if model else None,
         "strides": [_pair(head.stride) for head in model.heads] if model else None,
         "errors": list(verdict.errors),
     }
+
+
+def bflops(model: Darknet, size: int | None) -> float | None:
+    """Count the operations of one picture of `size` × `size` (default: of the cfg's own size), in 10^9.
+
+    None where the network cannot take that size.
+    """
+    if size is not None and model.size != (size, size):
+        cfg = parse(dump(model.cfg), model.cfg.path)
+        for key in ("width", "height"):
+            cfg.sections[0].set(key, size)
+        try:
+            with torch.device("meta"):
+                model = Darknet(cfg)
+        except CfgError:
+            return None
+        if size % model.stride:
+            return None
+    return sum(layer.flops for layer in model.layers) / 1e9
 
 
 def weights_bytes(model: Darknet) -> int:
@@ -123,18 +145,19 @@ def _windows(layer: Layer, name: str, part: nn.Module, axis: int) -> Iterator[tu
             yield 3 if kind == 1 else 2, stride[axis]
 
 
-def make_table(verdicts: Sequence[Verdict]) -> str:
-    """Lay the figures out in columns, one row a file."""
-    rows = [("file", "sections", "parameters", "weights", "BFLOPs", "input", "strides", "receptive field", "errors")]
+def make_table(verdicts: Sequence[Verdict], size: int = TABLE_SIZE) -> str:
+    """Lay the figures out in columns, one row a file, with BFLOPs at an input of `size` × `size`."""
+    cost = f"BFLOPs at {size}"
+    rows = [("file", "sections", "parameters", "weights", cost, "input", "strides", "receptive field", "errors")]
     for verdict in verdicts:
-        each, model = figures(verdict), verdict.model
+        each, model = figures(verdict, size), verdict.model
         cells = ("", "", "", "", "", "")
         if model:
             fields = receptive_fields(model)
             cells = (
                 f"{each['parameters']:,}",
                 f"{each['weights_bytes']:,}",
-                f"{each['bflops']:.3f}",
+                "-" if each["bflops"] is None else f"{each['bflops']:.3f}",
                 f"{model.size[1]}x{model.size[0]}",
                 " ".join(map(_text, each["strides"])),
                 " ".join(_text(_pair(fields[head.layer])) for head in model.heads),
@@ -163,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m utils.lint`."""
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="*", metavar="FILE", help="cfg files")
+    parser.add_argument(
+        "--size", type=side, help=f"sides of the input for BFLOPs (default: {TABLE_SIZE}; --json: the cfg's own)"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a list of {file, sections, …, errors}, nothing else")
     form.add_argument("--expand", action="store_true", help="print the one cfg with its macros expanded, nothing else")
@@ -175,13 +201,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_logging(stream=sys.stderr)  # standard output is for the figures
     verdicts = [judge(path) for path in args.files]
     if args.json:
-        print(json.dumps([figures(verdict) for verdict in verdicts], indent=1))
+        print(json.dumps([figures(verdict, args.size) for verdict in verdicts], indent=1))
     elif args.expand and verdicts[0].model:
         print(dump(verdicts[0].model.expanded), end="")
     else:
         if len(verdicts) == 1 and verdicts[0].model:
             print(verdicts[0].model.summary() + "\n")
-        print(make_table(verdicts))
+        print(make_table(verdicts, args.size or TABLE_SIZE))
         for mistake in (mistake for verdict in verdicts for mistake in verdict.errors):
             print(mistake)
     if any(verdict.errors for verdict in verdicts):
