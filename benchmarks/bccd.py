@@ -2,7 +2,7 @@
 
     python -m benchmarks.bccd runs/bccd
 
-Reads $DARKSLIM_DATA/datasets/bccd through utils.convert: 292 training and 72 test pictures, and 4,886 boxes with an area.
+Reads $DARKSLIM_DATA/datasets/bccd through utils.convert: 292 training and 72 test pictures, 4,886 boxes.
 """
 
 import os

@@ -220,7 +220,7 @@ def _choose_names(source: Source, kind: str) -> tuple[str, ...]:
     spelled = {(source.aliases or {}).get(name, name).casefold() for name in source.names}
     if not spelled or spelled == {name.casefold() for name in ours}:
         return ours
-    log.info("classes, in the order of the annotations: %s (--names FILE fixes another)", ", ".join(source.names))
+    log.info("classes, in this order: %s (--names FILE fixes another)", ", ".join(source.names))
     return source.names
 
 
