@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.layouts import visdrone, voc
 from utils import lint
 from utils.scenes import write_dataset
 
@@ -30,6 +31,14 @@ def write_hands(folder: Path) -> None:
         file.write_text(re.sub(r"^\d", "0", file.read_text(), flags=re.MULTILINE))
 
 
+def write_originals(folder: Path) -> None:
+    """Lay out the datasets that the README converts."""
+    visdrone(folder / "VisDrone", {"train": "0,0,100,50,1,1,0,0\n", "val": "0,0,100,50,1,1,0,0\n"})
+    voc(folder / "raccoon", {"a": [("raccoon", 1, 1, 9, 9)], "b": []}, {})
+    (folder / "raccoon/train.txt").write_text("a\n")
+    (folder / "raccoon/test.csv").write_text("filename,class\nb.jpg,raccoon\n")
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 10
     assert {line.split()[0] for line in COMMANDS} == {"make", "pip", "python"}
@@ -48,12 +57,19 @@ def test_make_knows_its_targets(target):
 
 def test_python_commands_run(command, tmp_path):
     for name in ("cfg", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("oxfordhand"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("oxfordhand", "visdrone", "raccoon")
+        )
     write_hands(tmp_path / "data/oxfordhand")
+    write_originals(tmp_path / "downloads")
     for line in (line for line in COMMANDS if line.startswith("python")):
         words = shlex.split(line)[1:]
         if words[:2] == ["-m", "utils.lint"]:
             lint.main(words[2:])
+            continue
+        if words[:2] == ["-m", "utils.convert"]:
+            outcome = command("utils/convert", *words[2:])
+            assert outcome.status == 0, outcome.err
             continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)

@@ -84,6 +84,8 @@ def download(name: str, folder: Path) -> None:
 
 def fetch(archive: Archive, folder: Path) -> Path:
     """Download into `folder`, going on where an earlier attempt broke off, and give the file. Raises DataError."""
+    if not archive.url.startswith(("http://", "https://")):
+        raise DataError(f"{archive.url}: expected http or https")
     target = folder / PurePosixPath(archive.url).name
     if target.exists():
         return target
@@ -188,6 +190,7 @@ def _write_all(archive: Path, folder: Path, found: list[tuple[str, int, str, Any
         total += size
         if total > limit:
             raise DataError(f"{archive}: grows more than {EXPANSION} times (nothing was unpacked)")
+    folder.mkdir(parents=True, exist_ok=True)
     _check_space(folder, total)
     root = folder.resolve()
     for name, size, kind, member in tqdm(found, desc=f"unpacking {archive.name}", unit="file"):

@@ -57,7 +57,7 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], int]:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-            # where its head has no EXIF data, Pillow decodes a PNG to look behind the pixels; OpenCV does not look there
+            # Pillow decodes a PNG to look for EXIF data behind the pixels, where OpenCV does not look
             is_plain = image.format == "PNG" and "exif" not in image.info
             orientation = 1 if is_plain else image.getexif().get(0x0112, 1)
             return (image.height, image.width), orientation if orientation in range(1, 9) else 1
