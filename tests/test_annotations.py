@@ -294,6 +294,49 @@ def test_coco_of_other_people_starts_at_0_and_keeps_its_classes(shared_data: Pat
     assert not (tmp_path / "dst/images/labels").exists()  # file_name says images/…, which names label folders
 
 
+# JSON of any kind
+
+JUNK = [None, [], {}, "", 0, -1, 1e308, "x", [1], True, {"a": 1}, float("nan"), "9" * 99]
+COCO_JSON = {
+    "images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}],
+    "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 9, 9], "iscrowd": 0}],
+    "categories": [{"id": 1, "name": "car"}],
+}
+
+
+def spoiled(value: Any, generator: np.random.Generator) -> Any:
+    """Replace or remove one thing somewhere in a JSON value."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not keys or generator.random() < 0.1:
+        return JUNK[generator.integers(len(JUNK))]
+    key = keys[generator.integers(len(keys))]
+    copy = value.copy()
+    if generator.random() < 0.1:
+        del copy[key]
+    else:
+        copy[key] = spoiled(value[key], generator)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["coco", "2018", "single"])
+def test_spoiled_json_is_converted_or_refused(tmp_path: Path, kind: str) -> None:
+    if kind == "coco":
+        file = coco(tmp_path / "src", **COCO_JSON) / "annotations/instances_val2017.json"
+        reader = read_coco
+    else:
+        bdd(tmp_path / "src", kind, [CAR | {"attributes": {"crowd": False}}])
+        place = "bdd100k_labels_images_train.json" if kind == "2018" else "100k/train/0a-1.json"
+        file, reader = tmp_path / "src/labels" / place, read_bdd100k
+    sound, generator, refused = json.loads(file.read_text()), np.random.default_rng(0), 0
+    for _ in range(150):
+        file.write_text(json.dumps(spoiled(sound, generator)))
+        try:
+            convert(reader(tmp_path / "src", ALL), tmp_path / "dst", name="x", names=("car", "dog"))
+        except DataError:
+            refused += 1
+    assert 30 < refused < 150
+
+
 # Oxford Hand
 
 

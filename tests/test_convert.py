@@ -310,6 +310,26 @@ def test_bad_coco(command, tmp_path: Path, message: str) -> None:
     assert not list((tmp_path / "dst").glob("*.*"))
 
 
+def test_own_classes_win_over_other_spellings(command, tmp_path: Path) -> None:
+    categories = [{"id": 3, "name": "tvmonitor"}, {"id": 5, "name": "tv"}]
+    annotations = [OBJECT | {"category_id": 5}, OBJECT | {"category_id": 3}]
+    coco(tmp_path / "src", images=[IMAGE], annotations=annotations, categories=categories)
+    assert command("utils/convert", "coco", "src", "dst").status == 0
+    assert [line[0] for line in (tmp_path / "dst/labels/val2017/7.txt").read_text().splitlines()] == ["1", "0"]
+
+
+def test_classes_that_differ_in_case_only(command, tmp_path: Path) -> None:
+    coco(tmp_path / "src", images=[IMAGE], annotations=[], categories=[CATEGORY, {"id": 2, "name": "Dog"}])
+    outcome = command("utils/convert", "coco", "src", "dst")
+    assert (outcome.status, "two differ in case only" in outcome.err) == (2, True)
+
+
+def test_a_name_that_no_list_can_hold(command, tmp_path: Path) -> None:
+    coco(tmp_path / "src", images=[IMAGE | {"file_name": "a\nb.jpg"}], annotations=[], categories=[CATEGORY])
+    outcome = command("utils/convert", "coco", "src", "dst")
+    assert (outcome.status, "cannot stand in a list" in outcome.err) == (2, True)
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
 def test_a_file_name_that_leads_out(command, tmp_path: Path, name: str) -> None:
     coco(tmp_path / "src", images=[IMAGE], annotations=[], categories=[CATEGORY])

@@ -1,4 +1,4 @@
-"""What every reader of a dataset's annotations makes: records of pictures and boxes, and how it reads files."""
+"""What every reader of a dataset's annotations makes and needs: records of pictures and boxes, files, numbers."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from .lists import IMAGE_SUFFIXES
 from .log import DataError
+from .pictures import read_header
 
 OBJECT, CROWD, DIFFICULT, REGION = "object", "crowd", "difficult", "region"  # all but the first as in ignore files
 
@@ -31,6 +32,13 @@ class Record:
     size: tuple[int, int] | None
     boxes: Sequence[Box]
     dropped: Sequence[str] = ()
+
+
+class Shape(NamedTuple):
+    """A picture as annotated: (height, width) there, and the EXIF orientation that its boxes do not know yet."""
+
+    size: tuple[int, int]
+    orientation: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: is no JSON: {error.msg} (a download cut short?)") from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no text, a number of thousands of digits, or thousands of brackets
         raise DataError(f"{path}: is no JSON") from None
 
 
@@ -128,3 +136,35 @@ def to_numbers(values: Sequence[Any], count: int, where: str) -> tuple[float, ..
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise DataError(f"{where}: expected {count} numbers, gets {values!r}")
     return numbers
+
+
+def check_picture(record: Record) -> Shape:
+    """Read a picture's size, without decoding it, and compare it with the annotated one. Raises DataError."""
+    stored, orientation = read_header(record.image)
+    turned = stored[::-1] if orientation >= 5 else stored
+    if record.size in (None, stored):
+        return Shape(stored, orientation)
+    if record.size == turned:
+        return Shape(turned, 1)
+    (h, w), (ah, aw) = stored, record.size
+    raise DataError(
+        f"{record.source}: says {aw}x{ah}, but {record.image} is {w}x{h} (another version of the pictures?)"
+    )
+
+
+def to_fractions(box: Box, shape: Shape) -> str | None:
+    """Clip a box to its picture, turn it upright, and give `x y w h` in fractions; None where nothing is left."""
+    height, width = shape.size
+    x1, y1, x2, y2 = box.xyxy_px
+    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+    if x2 <= x1 or y2 <= y1:
+        return None
+    if shape.orientation in (2, 3, 7, 8):  # EXIF: mirrored along, then across, then transposed
+        x1, x2 = width - x2, width - x1
+    if shape.orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    if shape.orientation >= 5:
+        x1, y1, x2, y2, width, height = y1, x1, y2, x2, height, width
+    values = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+    words = [f"{value:.6f}" for value in values]
+    return None if "0.000000" in words[2:] else " ".join(words)

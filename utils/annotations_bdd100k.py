@@ -73,7 +73,7 @@ def _read_frame(item: Frame, *, images: dict[str, Path], split: str) -> Record:
     if frame is None:
         data = read_json(file)
         frames = data.get("frames") if isinstance(data, dict) else None
-        if not frames or not isinstance(frames[0], dict) or "objects" not in frames[0]:
+        if not isinstance(frames, list) or not frames or not isinstance(frames[0], dict) or "objects" not in frames[0]:
             raise DataError(f"{file}: is no BDD100K file of one picture (expected 'frames' with 'objects')")
         frame = {"name": data.get("name", file.stem), "labels": frames[0]["objects"]}
     image = find_image(images, Path(str(frame["name"])).stem, str(file))

@@ -52,7 +52,7 @@ def read_coco(source: Path, choice: Choice) -> Source:
             raise DataError(f"{files[0]}: an image id stands twice, or an annotation names one that is not there")
         items = [(image, boxes.get(image["id"], ())) for image in data["images"]]
         parts.append(Part(part, items, partial(_read_item, file=files[0], folder=folder, categories=categories)))
-    ordered = tuple(dict.fromkeys(name for _, name in sorted(names.items())))
+    ordered = tuple(dict.fromkeys(names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))))
     return Source(parts, ordered, ALIASES)
 
 

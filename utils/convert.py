@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from models import load_cfg
 
 from . import cli
-from .annotations import OBJECT, Box, Choice, Part, Record, Source
+from .annotations import OBJECT, Choice, Part, Record, Shape, Source, check_picture, to_fractions
 from .annotations_bdd100k import read_bdd100k
 from .annotations_coco import read_coco
 from .annotations_hand import read_hand
@@ -30,7 +29,6 @@ from .annotations_voc import read_dior, read_voc
 from .download import download
 from .lists import label_path, load_data, load_names
 from .log import DataError, log
-from .pictures import read_header
 
 READERS: dict[str, Callable[[Path, Choice], Source]] = {
     "visdrone": read_visdrone,
@@ -43,13 +41,6 @@ READERS: dict[str, Callable[[Path, Choice], Source]] = {
 OURS = Path(__file__).resolve().parent.parent / "data"
 REPORTED = 20  # mistakes told in full
 NO_AREA = "without an area in the picture"
-
-
-class Shape(NamedTuple):
-    """A picture as annotated: (height, width) there, and the EXIF orientation that its boxes do not know yet."""
-
-    size: tuple[int, int]
-    orientation: int
 
 
 @dataclass
@@ -70,12 +61,12 @@ class Writer:
         """
         count = self.counts[part.name] = Counter()
         lines, mistakes = [], []
-        classes = {name.casefold(): index for index, name in enumerate(self.names)}
-        classes |= {other.casefold(): classes[name] for other, name in self.aliases.items() if name in classes}
+        own = {name.casefold(): index for index, name in enumerate(self.names)}
+        classes = {other: own[name] for other, name in self.aliases.items() if name in own} | own
         for item in tqdm(part.items, desc=part.name, unit="img"):
             try:
                 record = part.read(item)
-                shape = _check_picture(record)
+                shape = check_picture(record)
                 labels, ignored = self._lines(record, shape, classes, count)
                 label = self._place(record)
             except DataError as error:
@@ -109,7 +100,7 @@ class Writer:
             label = classes.get(box.label.strip().casefold()) if box.label else -1
             if label is None:
                 raise DataError(f"{record.source}: {box.label!r} is no class (expected one of {', '.join(self.names)})")
-            xywh_n = _fractions(box, shape)
+            xywh_n = to_fractions(box, shape)
             if xywh_n is None:
                 dropped[NO_AREA] += 1
             elif box.kind == OBJECT:
@@ -121,7 +112,9 @@ class Writer:
         return "".join(labels), "".join(ignored)
 
     def _place(self, record: Record) -> Path:
-        """Give the label file's place below labels/. Raises DataError where another picture has it."""
+        """Give the label file's place below labels/. Raises DataError where another picture has it, or no list can."""
+        if record.name.splitlines() != [record.name.strip()]:
+            raise DataError(f"{record.source}: {record.name!r} cannot stand in a list (rename the picture)")
         image = self.target / "images" / record.name
         label = label_path(str(image)).relative_to(self.target / "labels")
         other = self._origins.setdefault(label, record.image)
@@ -156,6 +149,8 @@ def convert(
     source: Source, target: Path, *, name: str, names: tuple[str, ...], max_det: int = 100
 ) -> tuple[Path, Writer]:
     """Write the dataset below `target` with its lists, NAME.names and NAME.data, which comes last. Raises DataError."""
+    if len({label.casefold() for label in names}) < len(names):
+        raise DataError(f"classes {', '.join(names)}: two differ in case only (--names FILE gives one of them)")
     writer = Writer(target, names, source.aliases or {})
     with _writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -222,38 +217,6 @@ def _choose_names(source: Source, kind: str) -> tuple[str, ...]:
         return ours
     log.info("classes, in this order: %s (--names FILE fixes another)", ", ".join(source.names))
     return source.names
-
-
-def _check_picture(record: Record) -> Shape:
-    """Compare a picture's size with the annotated one. Raises DataError."""
-    stored, orientation = read_header(record.image)
-    turned = stored[::-1] if orientation >= 5 else stored
-    if record.size in (None, stored):
-        return Shape(stored, orientation)
-    if record.size == turned:
-        return Shape(turned, 1)
-    (h, w), (ah, aw) = stored, record.size
-    raise DataError(
-        f"{record.source}: says {aw}x{ah}, but {record.image} is {w}x{h} (another version of the pictures?)"
-    )
-
-
-def _fractions(box: Box, shape: Shape) -> str | None:
-    """Clip a box to its picture, turn it upright, and give `x y w h` in fractions; None where nothing is left."""
-    height, width = shape.size
-    x1, y1, x2, y2 = box.xyxy_px
-    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    if x2 <= x1 or y2 <= y1:
-        return None
-    if shape.orientation in (2, 3, 7, 8):  # EXIF: mirrored along, then across, then transposed
-        x1, x2 = width - x2, width - x1
-    if shape.orientation in (3, 4, 6, 7):
-        y1, y2 = height - y2, height - y1
-    if shape.orientation >= 5:
-        x1, y1, x2, y2, width, height = y1, x1, y2, x2, height, width
-    values = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-    words = [f"{value:.6f}" for value in values]
-    return None if "0.000000" in words[2:] else " ".join(words)
 
 
 def _known_data(data: Path) -> Path:

@@ -56,7 +56,7 @@ PAGES = {  # where a person has to go
         "images/100k of '100K Images' and labels/det_20 of 'Detection 2020 Labels'",
     ),
     "dior": (
-        "is on Google Drive (http://www.escience.cn/people/gongcheng/DIOR.html)",
+        "is on Google Drive (https://gcheng-nwpu.github.io/#Datasets)",
         "Annotations, ImageSets, JPEGImages-trainval and JPEGImages-test",
     ),
 }
