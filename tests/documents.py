@@ -11,10 +11,16 @@ import torchvision
 from conftest import Outcome
 
 from docs import draw_blocks
-from utils import backbone, compose, lint
+from utils import backbone, compose, convert, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
-MODULES = {"utils.backbone": backbone, "utils.lint": lint, "utils.compose": compose, "docs.draw_blocks": draw_blocks}
+MODULES = {
+    "utils.backbone": backbone,
+    "utils.convert": convert,
+    "utils.lint": lint,
+    "utils.compose": compose,
+    "docs.draw_blocks": draw_blocks,
+}
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:

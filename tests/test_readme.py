@@ -8,6 +8,7 @@ import pytest
 import torch
 from documents import code_blocks, commands, run_python
 
+from tests.layouts import visdrone, voc
 from utils import lint
 from utils.scenes import write_dataset
 
@@ -41,6 +42,14 @@ def test_the_table_of_the_zoo_has_lints_figures():
     assert [line for line in README.splitlines() if line.startswith("| `cfg/")] == zoo_rows()
 
 
+def write_originals(folder: Path) -> None:
+    """Lay out the datasets that the README converts."""
+    visdrone(folder / "VisDrone", {"train": "0,0,100,50,1,1,0,0\n", "val": "0,0,100,50,1,1,0,0\n"})
+    voc(folder / "raccoon", {"a": [("raccoon", 1, 1, 9, 9)], "b": []}, {})
+    (folder / "raccoon/train.txt").write_text("a\n")
+    (folder / "raccoon/test.csv").write_text("filename,class\nb.jpg,raccoon\n")
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 10
     assert {line.split()[0] for line in COMMANDS} == {"make", "pip", "python"}
@@ -59,8 +68,11 @@ def test_make_knows_its_targets(target):
 
 def test_python_commands_run(command, tmp_path):
     for name in ("cfg", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("oxfordhand"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("oxfordhand", "visdrone", "raccoon")
+        )
     write_hands(tmp_path / "data/oxfordhand")
+    write_originals(tmp_path / "downloads")
     for line in (line for line in COMMANDS if line.startswith("python")):
         if "--resume" in line:
             continue  # its run is finished here; tests/test_train.py kills one and resumes it

@@ -18,6 +18,7 @@ from models import Darknet
 from .boxes import non_maximum_suppression
 from .datasets import Pictures, evaluation_batches, make_loader, to_input
 from .device import synchronize
+from .ignored import Judge, drop_covered, ignored_truths
 from .labels import Labelled
 from .log import DataError
 from .predict import predict
@@ -162,13 +163,17 @@ def judge(
     max_det: int,
     ms_per_image: dict[str, float] | None = None,
 ) -> Evaluation:
-    """Judge COCO results against the labels with pycocotools. Classes without truths do not count in the means."""
+    """Judge COCO results against the labels with pycocotools. Classes without truths do not count in the means.
+
+    What the pictures' ignore files name counts neither way (utils/ignored.py).
+    """
+    results, labelled = drop_covered(results, labelled)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
         truth.dataset = _coco_truth(labelled, names)
         truth.createIndex()
         detections = [dict(result) for result in results]  # loadRes writes into what it is given
-        judged = COCOeval(truth, truth.loadRes(detections) if results else COCO(), "bbox")
+        judged = Judge(truth, truth.loadRes(detections) if results else COCO(), "bbox")
         judged.params.maxDets = [max_det]  # pycocotools sorts these and takes the last
         judged.params.imgIds = list(range(len(labelled.paths)))
         judged.params.catIds = list(range(len(names)))
@@ -203,7 +208,6 @@ def _coco_truth(labelled: Labelled, names: tuple[str, ...]) -> dict[str, Any]:
         for label, (x, y), (bw, bh) in zip(rows[:, 0], corners[:, :2].tolist(), sides.tolist(), strict=True):
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # pycocotools takes id 0 for "no match"
                     "image_id": index,
                     "category_id": int(label),
                     "bbox": [x, y, bw, bh],
@@ -211,6 +215,9 @@ def _coco_truth(labelled: Labelled, names: tuple[str, ...]) -> dict[str, Any]:
                     "iscrowd": 0,
                 }
             )
+    annotations += ignored_truths(labelled, len(names))
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number  # pycocotools takes id 0 for "no match"
     return {
         "info": {},
         "images": [{"id": index, "width": w, "height": h} for index, (h, w) in enumerate(labelled.sizes.tolist())],
@@ -226,8 +233,9 @@ def _precision_recall(judged: COCOeval, category: int, truths: int) -> tuple[np.
     matched = [found for found in judged.evalImgs[start : start + images] if found]
     if not matched or not truths:
         return np.zeros_like(CONFIDENCES), np.zeros_like(CONFIDENCES)
-    scores = np.concatenate([found["dtScores"] for found in matched])
-    is_true = np.concatenate([found["dtMatches"][0] > 0 for found in matched])
+    is_counted = np.concatenate([~found["dtIgnore"][0].astype(bool) for found in matched])
+    scores = np.concatenate([found["dtScores"] for found in matched])[is_counted]
+    is_true = np.concatenate([found["dtMatches"][0] > 0 for found in matched])[is_counted]
     order = np.argsort(-scores, kind="mergesort")
     hits = np.concatenate(([0], np.cumsum(is_true[order])))
     count = np.searchsorted(-scores[order], -CONFIDENCES, side="right")  # detections at or above each confidence

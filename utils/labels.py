@@ -2,7 +2,8 @@
 
 A label file lies at the image's path with its last `images` (or `JPEGImages`) folder replaced by `labels`, or beside
 the image; it holds one `class x y w h` a line, in fractions of the image. What was checked is kept in a cache beside
-the list and looked at again only where a file has changed.
+the list and looked at again only where a file has changed. A file in the folder `ignore` beside `labels` holds what
+counts neither way in evaluation, one `class x y w h kind` a line with class -1 for every class (utils/ignored.py).
 """
 
 import contextlib
@@ -17,27 +18,32 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .lists import label_path, list_images, read_lines
+from .lists import ignore_path, label_path, list_images, read_lines
 from .log import DataError, log
 from .pictures import check_picture
 
 REPORTED = 100  # mistakes told in full
+IGNORED_KINDS = ("crowd", "difficult", "region")
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Checked images: paths, sizes [N, 2] (height, width) and labels, each [n, 5] float32 (class, xywh_n)."""
+    """Checked images: paths, sizes [N, 2] (height, width) and labels, each [n, 5] float32 (class, xywh_n).
+
+    `ignored`, empty or one a path, is what evaluation ignores: [n, 6] (class or -1, xywh_n, place in IGNORED_KINDS).
+    """
 
     paths: list[str]
     sizes: np.ndarray
     labels: list[np.ndarray]
+    ignored: Sequence[np.ndarray] = ()
 
 
 def check_labels(source: str | Path, classes: int) -> Labelled:
     """Read the images of `source` and check every one of them and of its labels.
 
     Raises DataError with all mistakes: images that are missing or broken, label lines with a wrong number of values,
-    a class out of range, NaN, a side that is not above 0, a centre outside the image.
+    a class out of range, NaN, a side that is not above 0, a centre outside the image; the same of ignore files.
     """
     paths = list_images(source)
     cache_file = Path(f"{str(source).rstrip('/')}.cache.npz")
@@ -64,6 +70,7 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
             stamps.append(stamp)
             sizes.append(size)
             labels.append(unique)
+    ignored = [_check_ignore_file(ignore_path(path), classes, mistakes) for path in paths]
     if missing == len(paths):
         mistakes.append(f"{source}: no image has a label file (expected one like {label_path(paths[0])})")
     if mistakes:
@@ -73,14 +80,17 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
     log.info("%s: %d images, %d boxes, %d images without a label file", source, len(paths), boxes, missing)
     if repeated:
         log.info("%s: %d boxes stand twice in their label file and count once", source, repeated)
-    labelled = Labelled(paths, np.array(sizes, np.int32).reshape(-1, 2), labels)
+    if looked_away := sum(map(len, ignored)):
+        log.info("%s: %d regions and objects that evaluation ignores", source, looked_away)
+    labelled = Labelled(paths, np.array(sizes, np.int32).reshape(-1, 2), labels, ignored)
     _write_cache(cache_file, labelled, stamps)
     return labelled
 
 
 def merge_classes(labelled: Labelled) -> Labelled:
     """Take all classes for one, class 0."""
-    return replace(labelled, labels=[rows * np.float32([0, 1, 1, 1, 1]) for rows in labelled.labels])
+    ignored = [np.hstack((np.minimum(rows[:, :1], 0), rows[:, 1:])) for rows in labelled.ignored]
+    return replace(labelled, labels=[rows * np.float32([0, 1, 1, 1, 1]) for rows in labelled.labels], ignored=ignored)
 
 
 def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
@@ -94,7 +104,7 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row, problem = _check_line(line.split(), classes)
+        row, problem = _check_words(line.split(), classes)
         if problem:
             mistakes.append(f"{path}:{number}: {problem}")
         else:
@@ -102,7 +112,22 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, np.float32).reshape(-1, 5), mistakes
 
 
-def _check_line(words: Sequence[str], classes: int) -> tuple[list[float], str]:
+def _check_ignore_file(path: Path | None, classes: int, mistakes: list[str]) -> np.ndarray:
+    rows = []
+    if path and path.is_file():
+        for number, line in enumerate(read_lines(path), start=1):
+            *words, kind = line.split() or [""]
+            row, problem = _check_words(words, classes, lowest=-1)
+            if kind not in IGNORED_KINDS:
+                problem = f"expected class x y w h and one of {', '.join(IGNORED_KINDS)}, gets {line!r}"
+            if problem:
+                mistakes.append(f"{path}:{number}: {problem}")
+            else:
+                rows.append([*row, IGNORED_KINDS.index(kind)])
+    return np.array(rows, np.float64).reshape(-1, 6)
+
+
+def _check_words(words: Sequence[str], classes: int, *, lowest: int = 0) -> tuple[list[float], str]:
     try:
         row = [float(word) for word in words]
     except ValueError:
@@ -112,7 +137,7 @@ def _check_line(words: Sequence[str], classes: int) -> tuple[list[float], str]:
     if not all(map(math.isfinite, row)):
         return [], f"expected finite numbers, gets {' '.join(words)!r}"
     label, x, y, w, h = row
-    if label != int(label) or not 0 <= label < classes:
+    if label != int(label) or not lowest <= label < classes:
         return [], f"class {words[0]} is out of range (the names file has {classes}: 0 to {classes - 1})"
     if w <= 0 or h <= 0:
         return [], f"expected a width and height above 0, gets {w:g} and {h:g}"

@@ -86,12 +86,13 @@ def list_images(source: str | Path) -> list[str]:
 
 def label_path(image: str) -> Path:
     """Give the label file of an image."""
-    parts = list(Path(image).parts)
-    for place in range(len(parts) - 2, -1, -1):
-        if parts[place] in ("images", "JPEGImages"):
-            parts[place] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    return (_sibling(image, "labels") or Path(image)).with_suffix(".txt")
+
+
+def ignore_path(image: str) -> Path | None:
+    """Give the file of an image's ignored regions (utils/ignored.py), None where no folder is called `images`."""
+    path = _sibling(image, "ignore")
+    return path and path.with_suffix(".txt")
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -108,3 +109,12 @@ def _relative(written: str, file: str | Path) -> Path:
     """Resolve a path written in `file`: relative to its folder, or where that is not there to the working directory."""
     beside = Path(file).parent / written
     return Path(written) if not beside.exists() and Path(written).exists() else beside
+
+
+def _sibling(image: str, folder: str) -> Path | None:
+    """Replace the last `images` (or `JPEGImages`) folder of a path."""
+    parts = list(Path(image).parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] in ("images", "JPEGImages"):
+            return Path(*parts[:place], folder, *parts[place + 1 :])
+    return None

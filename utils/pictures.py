@@ -50,6 +50,25 @@ def check_picture(path: str) -> tuple[tuple[int, int], str]:
         return (0, 0), f"{path}: broken image: {error}"
 
 
+def read_header(path: str | Path) -> tuple[tuple[int, int], int]:
+    """Read a picture's (height, width) as stored and its EXIF orientation, 1 to 8, without decoding. Raises DataError.
+
+    Orientations 5 to 8 show the picture on its side: upright its width is this height.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            # Pillow decodes a PNG to look for EXIF data behind the pixels, where OpenCV does not look
+            is_plain = image.format == "PNG" and "exif" not in image.info
+            orientation = 1 if is_plain else image.getexif().get(0x0112, 1)
+            return (image.height, image.width), orientation if orientation in range(1, 9) else 1
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: broken image: no image format known here") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: broken image: {error}") from None
+
+
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write an RGB picture in the format of the path's ending. Raises DataError."""
     path.parent.mkdir(parents=True, exist_ok=True)
