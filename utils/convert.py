@@ -17,8 +17,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models import load_cfg
-
 from . import cli
 from .annotations import OBJECT, Choice, Part, Record, Shape, Source, check_picture, to_fractions
 from .annotations_bdd100k import read_bdd100k
@@ -206,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     max_det = load_data(OURS / f"{args.format}.data").max_det
     data, writer = convert(source, target, name=args.name or target.resolve().name, names=names, max_det=max_det)
     log.info(report(writer))
-    log.info("python train.py --data %s --cfg %s", _known_data(data), _fitting_cfg(len(names)))
+    known, cfg = _known_data(data), f"{data.stem}.cfg"
+    log.info("python -m utils.compose --backbone slim-m --head pan-lite --data %s -o %s", known, cfg)
+    log.info("python train.py --data %s --cfg %s", known, cfg)
 
 
 def _choose_names(source: Source, kind: str) -> tuple[str, ...]:
@@ -227,15 +227,6 @@ def _known_data(data: Path) -> Path:
         if train and train.resolve() == (data.parent / "train.txt").resolve():
             return beside
     return data
-
-
-def _fitting_cfg(classes: int) -> str:
-    """Give a shipped cfg whose heads have so many classes."""
-    for path in sorted((OURS.parent / "cfg").glob("*.cfg")):
-        heads = [section for section in load_cfg(path).sections if section.name == "yolo"]
-        if heads and all(head.int("classes", 20) == classes for head in heads):
-            return f"cfg/{path.name}"
-    return f"CFG  (one whose heads have classes={classes})"
 
 
 def _put(path: Path, make: Callable[[Path], object]) -> None:
