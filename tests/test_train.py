@@ -248,6 +248,8 @@ def test_the_copy_in_weights_resumes_its_own_run_only(command, scenes, tmp_path)
         (["--img-size", "96", "64", "--multi-scale"], "--img-size expects N, or MIN MAX"),
         (["--img-size", "64", "96"], "--img-size MIN MAX needs --multi-scale"),
         (["--s", "0.1"], "--s needs -sr"),
+        (["--recipe", "darknet", "--adam"], "--recipe darknet takes everything from the cfg: leave out --adam"),
+        (["--recipe", "darknet", "--multi-scale"], "leave out --multi-scale"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(command, scenes, change, message):

@@ -84,9 +84,11 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:
     """Add --batch-size, --device, --precision, --workers and --single-cls."""
-    parser.add_argument("--batch-size", type=positive, default=16, help="images a batch (default: %(default)s)")
+    default = None if is_training else 16
+    note = "16; as the cfg says with --recipe darknet" if is_training else "16"
+    parser.add_argument("--batch-size", type=positive, default=default, help=f"images a batch (default: {note})")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on a GPU, fp32 on the CPU"

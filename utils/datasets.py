@@ -6,6 +6,7 @@ epoch and the index, so workers hold no state and a resumed training sees what a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from .augment import Sample, flip, jitter_colour, letterbox, mixup, mosaic, random_affine, resize_to_fit, stretch
 from .boxes import Fit
+from .darknet_augment import distorted
+from .darknet_recipe import Distortion
 from .labels import Labelled
 from .log import DataError
 from .pictures import read_picture
@@ -57,11 +60,11 @@ class Batch(NamedTuple):
 
 @dataclass
 class Pictures(Dataset[Item]):
-    """The samples of a checked list. With a `recipe` they are augmented, without one they are only fitted."""
+    """The samples of a checked list. With a `recipe`, ours or Darknet's, they are augmented, else only fitted."""
 
     labelled: Labelled
     channels: int = 3
-    recipe: Recipe | None = None
+    recipe: Recipe | Distortion | None = None
     seed: int = 0
     is_stretched: bool = False
     cache: dict[int, np.ndarray] = field(default_factory=dict)
@@ -108,6 +111,10 @@ class Pictures(Dataset[Item]):
     def _augmented(self, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray, Fit]:
         assert self.recipe is not None
         generator = np.random.default_rng([self.seed, key.epoch, key.index])
+        if isinstance(self.recipe, Distortion):
+            load = partial(self._load, size=key.size)
+            sample = distorted(load, key.index, len(self), key.size, self.recipe, generator)
+            return *sample, Fit(key.size, (1, 1), (0, 0))
         sample = self._composed(key, self.recipe, generator)
         if key.is_mosaic and generator.random() < self.recipe.mixup:
             other = Key(int(generator.integers(len(self))), key.epoch, key.size, key.is_mosaic)
@@ -128,8 +135,8 @@ class Pictures(Dataset[Item]):
 class TrainingBatches(Sampler[list[Key]]):
     """Shuffled batches over pictures of `shapes` [N, 2] (height, width); `epoch` is set before each epoch.
 
-    `sizes` are the network sizes to choose from, one draw a batch. Where `is_rectangular`, the pictures of a batch are
-    alike in shape, the network size is just what they need, and there is no mosaic.
+    `sizes` are the network sizes to choose from, one draw for `held` batches. Where `is_rectangular`, the pictures of a
+    batch are alike in shape, the network size is just what they need, and there is no mosaic.
     """
 
     shapes: np.ndarray
@@ -140,6 +147,7 @@ class TrainingBatches(Sampler[list[Key]]):
     is_rectangular: bool = False
     stride: int = 32
     epoch: int = 0
+    held: int = 1  # batches for which a drawn size holds
 
     def __len__(self) -> int:
         return -(-len(self.shapes) // self.batch_size)
@@ -153,9 +161,11 @@ class TrainingBatches(Sampler[list[Key]]):
             order = order[np.argsort(ratios[order], kind="stable")]
             starts = generator.permutation(starts)
         is_mosaic = not self.is_rectangular and self.epoch < self.mosaic_epochs
-        for start in starts:
+        for number, start in enumerate(starts):
             chosen = order[start : start + self.batch_size]
-            size = self.sizes[generator.integers(len(self.sizes))]
+            if number % self.held == 0:
+                drawn = self.sizes[generator.integers(len(self.sizes))]
+            size = drawn
             if self.is_rectangular:
                 size = rectangle(ratios[chosen], size, self.stride)
             yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen]

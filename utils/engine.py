@@ -14,12 +14,16 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from models import Darknet
+
+from .darknet_loss import darknet_loss
+from .darknet_recipe import DarknetRecipe
 from .datasets import Item, to_input
 from .log import DataError
-from .recipe import Recipe
-from .schedule import make_ema, make_optimizer, make_scheduler
+from .loss import detection_loss
+from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
 
-MAX_GRADIENT = 10.0  # norm that gradients are clipped to
+MAX_GRADIENT = 10.0  # norm that gradients are clipped to by our recipe
 
 StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -33,6 +37,7 @@ class Trainer:
     scheduler: LambdaLR
     ema: AveragedModel
     scaler: torch.amp.GradScaler
+    max_gradient: float = math.inf
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next epoch depends on, beside the epoch's number."""
@@ -54,13 +59,35 @@ class Trainer:
 
 
 def make_trainer(
-    model: nn.Module, recipe: Recipe, *, epochs: int, steps: int, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    recipe: AnyRecipe,
+    *,
+    epochs: int,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> Trainer:
     """Make the trainer of `epochs` of `steps` optimizer steps; gradients are scaled for fp16 alone."""
     optimizer = make_optimizer(model, recipe)
-    scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps)
+    scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps, seed=seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler)
+    limit = math.inf if isinstance(recipe, DarknetRecipe) else MAX_GRADIENT
+    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit)
+
+
+def make_step_loss(model: Darknet, recipe: AnyRecipe, device: torch.device, dtype: torch.dtype) -> StepLoss:
+    """Make the loss of one batch: forward in `dtype`, loss in fp32."""
+
+    def step_loss(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            raws = model(x)
+        size = (x.shape[2], x.shape[3])
+        if isinstance(recipe, DarknetRecipe):
+            return darknet_loss(raws, targets, model.heads, size, recipe.heads)
+        return detection_loss(raws, targets, model.heads, size, recipe)
+
+    return step_loss
 
 
 def train_one_epoch(
@@ -111,7 +138,7 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     trainer.scaler.unscale_(trainer.optimizer)
     if after_backward:
         after_backward()
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), MAX_GRADIENT)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
     trainer.scaler.step(trainer.optimizer)

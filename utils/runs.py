@@ -17,7 +17,7 @@ from models.weights import load_checkpoint, save_checkpoint, write_atomically
 from .engine import Trainer
 from .log import DataError, log, start_logging
 from .plots import draw_curves
-from .recipe import Recipe
+from .schedule import AnyRecipe
 
 RUNS, WEIGHTS = Path("runs"), Path("weights")
 
@@ -29,7 +29,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, resumed: Mapping[str, Any], *, args: Namespace, recipe: Recipe, names: tuple[str, ...]
+        self, folder: Path, resumed: Mapping[str, Any], *, args: Namespace, recipe: AnyRecipe, names: tuple[str, ...]
     ) -> None:
         self.folder = folder
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
