@@ -7,9 +7,11 @@ Darknet .weights) and copies the checkpoints to weights/. On 2 cores with --prec
 images a second at 320. `--recipe darknet` trains as the cfg's [net] and [yolo] sections say.
 """
 
+import argparse
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ import torch
 from models import Darknet, load_cfg, load_weights
 from models.darknet import count_parameters
 from models.weights import checkpoint_cfg, describe, load_checkpoint
-from utils import cli
+from utils import cli, dist
 from utils.darknet_recipe import DarknetRecipe
 from utils.datasets import collate, make_loader
 from utils.device import autocast_type, seed_everything, select_device
-from utils.engine import make_step_loss, make_trainer, train_one_epoch
+from utils.engine import distribute, make_step_loss, make_trainer, synchronise_statistics, train_one_epoch
 from utils.evaluate import Settings, evaluate
 from utils.lists import load_data
 from utils.log import log
@@ -41,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resumed:
         args = restore_args(args, resumed)
     device = select_device(args.device)
+    with dist.joined(device):
+        train(args, resumed, device)
+
+
+def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.device) -> None:
+    """Train as `args` say, from the start or from the checkpoint `resumed`; each of several processes its part."""
     dtype = autocast_type(args.precision, device)
     data = load_data(args.data)
     names = ("object",) if args.single_cls else data.names
@@ -56,16 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.batch_size = args.batch_size or (recipe.mini_batch if is_darknet else BATCH_SIZE)
     args.epochs = settle_epochs(args, recipe, len(train_set.paths))
     model = model.to(device=device, memory_format=torch.channels_last)
+    model = synchronise_statistics(model, device) if args.sync_bn else model
 
-    folder = run_folder(args.resume, resumed) if resumed else new_folder(args.name or Path(args.cfg).stem)
+    name = args.name or Path(args.cfg).stem
+    folder = dist.from_first(lambda: run_folder(args.resume, resumed) if resumed else new_folder(name))
     run = Run(folder, resumed, args=args, recipe=recipe, names=names)
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
     pictures, batches = training_pictures(model, train_set, sizes, recipe, args)
-    draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
+    if dist.is_first():
+        draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
     loader = make_loader(pictures, batches, workers=args.workers)
-    accumulate = batches_per_step(recipe, args.batch_size, args.epochs * len(loader))
+    accumulate = batches_per_step(recipe, args.batch_size * dist.world_size(), args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
     trainer = make_trainer(model, recipe, epochs=args.epochs, steps=steps, device=device, dtype=dtype, seed=args.seed)
     if resumed:
@@ -77,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=args.workers,
         is_stretched=is_darknet and not recipe.distortion.keeps_shape,
     )
-    step_loss = make_step_loss(model, recipe, device, dtype)
+    network = distribute(model, device)
+    step_loss = make_step_loss(network, model, recipe, device, dtype)
     after_backward = (lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None
 
     if not resumed and not args.nosave:  # so that a run that dies in its first epoch can be resumed too
@@ -94,11 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=device,
             accumulate=accumulate,
             title=title,
+            hold_back=getattr(network, "no_sync", nullcontext),
             freeze=model.freeze,
             after_backward=after_backward,
         )
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
         averaged = trainer.ema.module
+        dist.copy_statistics(averaged)
         if is_last or not args.notest:
             evaluation, _ = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
             row |= evaluation.means()

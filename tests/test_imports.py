@@ -35,6 +35,7 @@ FLOORS = {
     "utils/boxes.py": 4,
     "utils/cli.py": 4,
     "utils/device.py": 4,
+    "utils/dist.py": 4,
     "utils/lists.py": 4,
     "utils/log.py": 4,
     "utils/pictures.py": 4,

@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 from models import CfgError, Darknet, WeightsError, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
+from . import dist
 from .boxes import scaled_size
 from .device import PRECISIONS
 from .lists import DataSpec, load_data, load_names
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest flag when one is unknown."""
 
     def error(self, message: str) -> NoReturn:
+        if not dist.is_first():
+            sys.exit(2)
         for wrong in re.findall(r"(?<=arguments: )(-\S+)", message):
             near = difflib.get_close_matches(wrong.partition("=")[0], self._option_string_actions, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
@@ -53,6 +56,10 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(0)
     except OSError as error:
         sys.exit(_complain(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"))
+    except RuntimeError as error:
+        if not dist.is_lost(error):
+            raise
+        sys.exit(_complain(f"process {dist.rank()} has lost another one: {str(error).splitlines()[0]}", waits=True))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -213,6 +220,7 @@ def _bounded(kind: type, text: str, low: float, high: float):
     return value
 
 
-def _complain(message: str) -> int:
-    print(message, file=sys.stderr)
+def _complain(message: str, *, waits: bool = False) -> int:
+    if dist.is_to_tell(waits=waits):
+        print(message, file=sys.stderr)
     return 2

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.yolo import HeadSpec, split, to_xywh
 
 from .darknet_recipe import HeadRules
+from .dist import average
 
 SURE = 0.25  # a box overlaps "a truth" only where one of its classes has at least this probability
 FOCAL_ALPHA = 0.5
@@ -63,7 +64,7 @@ def darknet_loss(
         delta = head_deltas(t.detach(), targets, spec, rule, shapes=shapes, size=size)
         pull = pull - (delta * t).sum()
         sums = sums + torch.stack([part.square().sum() for part in delta.split([4, 1, spec.classes], dim=-1)])
-    images = len(raws[0])
+    images = average(len(raws[0]))
     box, objectness, classes = (sums / images).unbind()
     pull = pull[0] / images
     loss = sums.sum() / images + pull - pull.detach()

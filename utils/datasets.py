@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
+from . import dist
 from .augment import Sample, flip, jitter_colour, letterbox, mixup, mosaic, random_affine, resize_to_fit, stretch
 from .boxes import Fit
 from .darknet_augment import distorted
@@ -87,7 +87,7 @@ class Pictures(Dataset[Item]):
 
     def cache_in_memory(self, size: tuple[int, int]) -> None:
         """Decode every picture once and keep it, fitted to `size`, in memory."""
-        for index in tqdm(range(len(self)), desc="caching", unit="img"):
+        for index in dist.progress(range(len(self)), desc="caching", unit="img"):
             self.cache[index] = resize_to_fit(read_picture(self.labelled.paths[index]), size)
 
     def _load(self, index: int, size: tuple[int, int]) -> Sample:
@@ -136,7 +136,8 @@ class TrainingBatches(Sampler[list[Key]]):
     """Shuffled batches over pictures of `shapes` [N, 2] (height, width); `epoch` is set before each epoch.
 
     `sizes` are the network sizes to choose from, one draw for `held` batches. Where `is_rectangular`, the pictures of a
-    batch are alike in shape, the network size is just what they need, and there is no mosaic.
+    batch are alike in shape, the network size is just what they need, and there is no mosaic. Of several processes each
+    gets every `world`-th picture of a batch that is `world` times as large, and at least one.
     """
 
     shapes: np.ndarray
@@ -148,27 +149,32 @@ class TrainingBatches(Sampler[list[Key]]):
     stride: int = 32
     epoch: int = 0
     held: int = 1  # batches for which a drawn size holds
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
-        return -(-len(self.shapes) // self.batch_size)
+        return -(-len(self.shapes) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.shapes))
-        starts = np.arange(0, len(order), self.batch_size)
+        together = self.batch_size * self.world
+        starts = np.arange(0, len(order), together)
         ratios = self.shapes[:, 0] / self.shapes[:, 1]
         if self.is_rectangular:
             order = order[np.argsort(ratios[order], kind="stable")]
             starts = generator.permutation(starts)
         is_mosaic = not self.is_rectangular and self.epoch < self.mosaic_epochs
         for number, start in enumerate(starts):
-            chosen = order[start : start + self.batch_size]
+            chosen = order[start : start + together]
             if number % self.held == 0:
                 drawn = self.sizes[generator.integers(len(self.sizes))]
             size = drawn
             if self.is_rectangular:
                 size = rectangle(ratios[chosen], size, self.stride)
-            yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen]
+            if len(chosen) < self.world:
+                chosen = np.resize(chosen, self.world)  # repeats them
+            yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen[self.rank :: self.world]]
 
 
 def evaluation_batches(

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from . import dist
+
 log = logging.getLogger("darkslim")
 
 
@@ -22,11 +24,17 @@ class Lines(logging.StreamHandler):
 
 
 def start_logging(file: Path | None = None, *, stream: TextIO | None = None) -> None:
-    """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too."""
+    """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too.
+
+    Of several processes the first alone does.
+    """
     log.setLevel(logging.INFO)
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
+    if not dist.is_first():
+        log.addHandler(logging.NullHandler())
+        return
     handlers: list[logging.Handler] = [Lines(stream or sys.stdout)]
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)

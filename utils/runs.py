@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models import Darknet, dump, save_weights
 from models.weights import load_checkpoint, save_checkpoint, write_atomically
 
+from . import dist
 from .engine import Trainer
 from .log import DataError, log, start_logging
 from .plots import draw_curves
@@ -25,7 +26,8 @@ RUNS, WEIGHTS = Path("runs"), Path("weights")
 class Run:
     """One training's folder; `resumed` is the checkpoint that it goes on from, empty for a new run.
 
-    What describes the run goes into settings.json and into every checkpoint.
+    What describes the run goes into settings.json and into every checkpoint. Of several processes the first alone
+    writes.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class Run:
             "recipe": asdict(recipe),
         }
         self.best: float = resumed.get("best", -1.0)
+        if not dist.is_first():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         start_logging(folder / "train.log")
         text = json.dumps(self.description, indent=1) + "\n"
@@ -56,6 +60,10 @@ class Run:
 
     def add_metrics(self, row: Mapping[str, Any]) -> bool:
         """Append one epoch's figures to metrics.jsonl and TensorBoard; tell whether its mAP@.5:.95 is the best yet."""
+        is_best = row.get("map50_95", -2.0) > self.best
+        self.best = max(self.best, row.get("map50_95", -1.0))
+        if not dist.is_first():
+            return is_best
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -63,8 +71,6 @@ class Run:
             for tag, number in (parts or {name: value}).items():
                 self.events.add_scalar(tag, number, row["epoch"])
         self.events.flush()
-        is_best = row.get("map50_95", -2.0) > self.best
-        self.best = max(self.best, row.get("map50_95", -1.0))
         return is_best
 
     def save(self, averaged: Darknet, trainer: Trainer | None, *, epoch: int, seen: int, is_best: bool) -> None:
@@ -73,6 +79,8 @@ class Run:
         last.pt carries the trainer's state where one is given: not after the last epoch. `seen` counts images. Raises
         WeightsError when the disk refuses, with the earlier file unharmed.
         """
+        if not dist.is_first():
+            return
         if not all(value.isfinite().all() for value in averaged.state_dict().values()):
             raise DataError(f"epoch {epoch}: the weights are not finite; the last checkpoint is kept (lower --lr)")
         averaged.header = (0, 2, 5, seen)
@@ -89,11 +97,13 @@ class Run:
 
     def draw_curves(self) -> None:
         """Draw loss, mAP and learning rate up to now into curves.png."""
-        draw_curves(self.metrics_file, self.folder / "curves.png")
+        if dist.is_first():
+            draw_curves(self.metrics_file, self.folder / "curves.png")
 
     def close(self) -> None:
         """Finish the event file."""
-        self.events.close()
+        if dist.is_first():
+            self.events.close()
 
     def _write(self, name: str, averaged: Darknet, checkpoint: Mapping[str, Any]) -> None:
         path = self.folder / f"{name}.pt"

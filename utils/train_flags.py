@@ -36,6 +36,7 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     add("--cache-images", action="store_true", help="keep decoded images in memory")
     add("--notest", action="store_true", help="test after the last epoch only")
     add("--nosave", action="store_true", help="write checkpoints after the last epoch only")
+    add("--sync-bn", action="store_true", help="batch normalisation over the GPUs of all processes")
     add("--resume", nargs="?", const="weights/last.pt", help="go on with a last.pt, as it was started")
     add("-sr", "--sparsity-regularization", action="store_true", help="sparse training for pruning")
     add("--s", type=cli.rate, default=1e-4, help="strength of -sr on every γ (default: %(default)s)")

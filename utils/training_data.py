@@ -5,7 +5,7 @@ import math
 
 from models import Darknet
 
-from . import cli
+from . import cli, dist
 from .darknet_recipe import HELD, DarknetRecipe, drawn_sizes
 from .datasets import Pictures, TrainingBatches
 from .labels import Labelled, check_labels, merge_classes
@@ -21,11 +21,12 @@ def read_images(data: DataSpec, *, is_single: bool) -> list[Labelled]:
     if len(sources) < 2:
         raise DataError(f"{data.path}: needs train= and valid= for training")
     found, mistakes = [], []
-    for source in sources:
-        try:
-            found.append(check_labels(source, len(data.names)))
-        except DataError as error:
-            mistakes.append(str(error))
+    with dist.first_goes_first():  # the others read its cache
+        for source in sources:
+            try:
+                found.append(check_labels(source, len(data.names)))
+            except DataError as error:
+                mistakes.append(str(error))
     if mistakes:
         raise DataError("\n".join(mistakes))
     return [merge_classes(labelled) for labelled in found] if is_single else found
@@ -51,15 +52,24 @@ def training_pictures(
     model: Darknet, train_set: Labelled, sizes: list[tuple[int, int]], recipe: AnyRecipe, args: argparse.Namespace
 ) -> tuple[Pictures, TrainingBatches]:
     """Give the augmented pictures, in memory where asked, and the batches that are drawn from them."""
-    is_darknet = isinstance(recipe, DarknetRecipe)
+    is_darknet, together = isinstance(recipe, DarknetRecipe), args.batch_size * dist.world_size()
     pictures = Pictures(train_set, model.channels, recipe.distortion if is_darknet else recipe, args.seed)
     if args.cache_images:
         pictures.cache_in_memory(sizes[-1])
     mosaic_epochs = args.epochs if is_darknet else round(args.epochs * (1 - recipe.close_mosaic))
-    held = HELD * batches_per_step(recipe, args.batch_size, 0) if is_darknet else 1
+    held = HELD * batches_per_step(recipe, together, 0) if is_darknet else 1
     shapes, stride = train_set.sizes, model.stride
     batches = TrainingBatches(
-        shapes, args.batch_size, sizes, args.seed, mosaic_epochs, args.rect, stride=stride, held=held
+        shapes,
+        args.batch_size,
+        sizes,
+        args.seed,
+        mosaic_epochs,
+        args.rect,
+        stride=stride,
+        held=held,
+        rank=dist.rank(),
+        world=dist.world_size(),
     )
     return pictures, batches
 
@@ -71,13 +81,15 @@ def settle_epochs(args: argparse.Namespace, recipe: AnyRecipe, images: int) -> i
     """
     if not isinstance(recipe, DarknetRecipe):
         return args.epochs or EPOCHS
-    steps = math.ceil(math.ceil(images / args.batch_size) / batches_per_step(recipe, args.batch_size, 0))
+    together = args.batch_size * dist.world_size()
+    accumulate = batches_per_step(recipe, together, 0)
+    steps = math.ceil(math.ceil(images / together) / accumulate)
     if not (args.epochs or recipe.max_batches):
         raise DataError(f"{args.cfg}: [net] has no max_batches, which says how long to train (or give --epochs)")
     epochs = args.epochs or math.ceil(recipe.max_batches / steps)
     log.info(
         "the cfg's recipe: policy %s, %d images a step, %d at a time; %d epochs are %d iterations of max_batches=%d",
-        *(recipe.policy, recipe.batch, args.batch_size, epochs, epochs * steps, recipe.max_batches),
+        *(recipe.policy, together * accumulate, together, epochs, epochs * steps, recipe.max_batches),
     )
     if not recipe.distortion.keeps_shape:
         log.info("pictures are stretched as Darknet does: give test.py and detect.py --stretch (or set letter_box=1)")
