@@ -24,10 +24,19 @@ from utils import cli, dist
 from utils.darknet_recipe import DarknetRecipe
 from utils.datasets import collate, make_loader
 from utils.device import autocast_type, seed_everything, select_device
-from utils.engine import distribute, make_step_loss, make_trainer, synchronise_statistics, train_one_epoch
+from utils.engine import (
+    compile_model,
+    distribute,
+    make_freeze,
+    make_step_loss,
+    make_trainer,
+    synchronise_statistics,
+    train_one_epoch,
+)
 from utils.evaluate import Settings, evaluate
 from utils.lists import load_data
 from utils.log import log
+from utils.memory import largest_batch
 from utils.plots import draw_batch
 from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
@@ -61,9 +70,11 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
     train_set, valid_set = read_images(data, is_single=args.single_cls)
     is_darknet = isinstance(recipe, DarknetRecipe)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    if args.batch_size == "auto":
+        args.batch_size = min(len(train_set.paths), largest_batch(model, recipe, sizes[-1], device, dtype))
     args.batch_size = args.batch_size or (recipe.mini_batch if is_darknet else BATCH_SIZE)
     args.epochs = settle_epochs(args, recipe, len(train_set.paths))
-    model = model.to(device=device, memory_format=torch.channels_last)
     model = synchronise_statistics(model, device) if args.sync_bn else model
 
     name = args.name or Path(args.cfg).stem
@@ -72,7 +83,7 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
-    pictures, batches = training_pictures(model, train_set, sizes, recipe, args)
+    pictures, batches = training_pictures(model, train_set, data.train, sizes, recipe, args)
     if dist.is_first():
         draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
     loader = make_loader(pictures, batches, workers=args.workers)
@@ -88,14 +99,18 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
         workers=args.workers,
         is_stretched=is_darknet and not recipe.distortion.keeps_shape,
     )
+    freeze = make_freeze(model, args.freeze)
+    freeze(trainer.scheduler.last_epoch)
     network = distribute(model, device)
+    if args.compile:
+        compile_model(model, device)
     step_loss = make_step_loss(network, model, recipe, device, dtype)
     after_backward = (lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None
 
     if not resumed and not args.nosave:  # so that a run that dies in its first epoch can be resumed too
         run.save(trainer.ema.module, trainer, epoch=0, seen=0, is_best=False)
     for epoch in range(resumed.get("epoch", 0), args.epochs):
-        start, is_last = time.time(), epoch + 1 == args.epochs
+        start, is_end = time.time(), epoch + 1 == args.epochs
         seed_everything(args.seed, epoch)
         batches.epoch = epoch
         title = f"epoch {epoch + 1}/{args.epochs}"
@@ -107,21 +122,24 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
             accumulate=accumulate,
             title=title,
             hold_back=getattr(network, "no_sync", nullcontext),
-            freeze=model.freeze,
+            freeze=freeze,
             after_backward=after_backward,
         )
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
         averaged = trainer.ema.module
         dist.copy_statistics(averaged)
-        if is_last or not args.notest:
+        if is_end or not args.notest:
             evaluation, _ = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
             row |= evaluation.means()
-            log.info(evaluation.table() if is_last else f"{title}: {evaluation.line()}")
+            log.info(evaluation.table() if is_end else f"{title}: {evaluation.line()}")
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
+        is_last = is_end or run.has_settled(epoch + 1, args.patience)
         if is_last or not args.nosave:
             seen = (epoch + 1) * len(pictures)
             run.save(averaged, None if is_last else trainer, epoch=epoch + 1, seen=seen, is_best=is_best)
         run.draw_curves()
+        if is_last:
+            break
     run.close()
 
 

@@ -95,7 +95,8 @@ def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False)
     """Add --batch-size, --device, --precision, --workers and --single-cls."""
     default = None if is_training else 16
     note = "16; as the cfg says with --recipe darknet" if is_training else "16"
-    parser.add_argument("--batch-size", type=positive, default=default, help=f"images a batch (default: {note})")
+    kind, more = (batch_size, "; auto: as many as the GPU holds") if is_training else (positive, "")
+    parser.add_argument("--batch-size", type=kind, default=default, help=f"images a batch (default: {note}){more}")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on a GPU, fp32 on the CPU"
@@ -188,6 +189,11 @@ def network_size(model: Darknet, longer: int | None) -> tuple[int, int]:
 def positive(text: str) -> int:
     """Read an integer above 0 (for argparse)."""
     return _bounded(int, text, 1, 10**9)
+
+
+def batch_size(text: str) -> int | str:
+    """Read an integer above 0, or "auto" (for argparse)."""
+    return text if text == "auto" else positive(text)
 
 
 def natural(text: str) -> int:

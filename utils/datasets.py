@@ -7,6 +7,7 @@ epoch and the index, so workers hold no state and a resumed training sees what a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -22,6 +23,7 @@ from .darknet_augment import distorted
 from .darknet_recipe import Distortion
 from .labels import Labelled
 from .log import DataError
+from .picture_cache import fill_cache, read_cached
 from .pictures import read_picture
 from .recipe import Recipe
 
@@ -68,6 +70,7 @@ class Pictures(Dataset[Item]):
     seed: int = 0
     is_stretched: bool = False
     cache: dict[int, np.ndarray] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # of the cache on disk
 
     def __len__(self) -> int:
         return len(self.labelled.paths)
@@ -90,10 +93,17 @@ class Pictures(Dataset[Item]):
         for index in dist.progress(range(len(self)), desc="caching", unit="img"):
             self.cache[index] = resize_to_fit(read_picture(self.labelled.paths[index]), size)
 
+    def cache_on_disk(self, folder: Path, size: tuple[int, int]) -> None:
+        """Decode every picture once and keep it, fitted to `size`, in files of `folder`."""
+        with dist.first_goes_first():
+            self.files = fill_cache(folder, self.labelled.paths, size)
+
     def _load(self, index: int, size: tuple[int, int]) -> Sample:
         """Give a picture fitted to `size`, its classes and its boxes in xyxy_px."""
-        picture = self.cache.get(index)
-        picture = resize_to_fit(read_picture(self.labelled.paths[index]) if picture is None else picture, size)
+        path, picture = self.labelled.paths[index], self.cache.get(index)
+        if picture is None:
+            picture = read_cached(self.files[index], path, size) if self.files else read_picture(path)
+        picture = resize_to_fit(picture, size)
         return picture, *self._boxes(index, picture.shape[:2])
 
     def _boxes(self, index: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

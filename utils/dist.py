@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds that a process which has lost another one waits to learn why
-LOST = ("gloo", "NCCL", "TCPStore", "Connection", "onnection reset")  # in the errors of an exchange that broke
+LOST = ("gloo", "NCCL", "TCPStore", "onnection")  # in the errors of an exchange that broke
 
 
 def rank() -> int:

@@ -103,6 +103,31 @@ def synchronise_statistics(model: Darknet, device: torch.device) -> Darknet:
     return model
 
 
+def make_freeze(model: Darknet, first: int) -> Callable[[int], None]:
+    """Make what is called before each step with its number: `stopbackward` and its like, and the `first` layers.
+
+    These stay as they are, the statistics of their batch normalisation too. Raises DataError where nothing is left.
+    """
+    if not any(True for _ in model.blocks[first:].parameters()):
+        raise DataError(f"--freeze {first}: nothing is left to learn (the network has {len(model.layers)} layers)")
+
+    def freeze(iteration: int) -> None:
+        model.freeze(iteration)
+        model.blocks[:first].requires_grad_(False).eval()
+
+    return freeze
+
+
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Let forward and backward passes run compiled, after a try. Raises DataError where there is no compiler."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"--compile: torch.compile does not work here: {reason} (leave it out)") from None
+    model.compile()
+
+
 def distribute(model: Darknet, device: torch.device) -> nn.Module:
     """Wrap a model so that the gradients of a backward pass are means over the processes; alone it stays as it is."""
     if dist.world_size() == 1:

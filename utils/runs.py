@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Run:
             "recipe": asdict(recipe),
         }
         self.best: float = resumed.get("best", -1.0)
+        self.best_epoch: int = resumed.get("best_epoch", 0)
         if not dist.is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +62,11 @@ class Run:
 
     def add_metrics(self, row: Mapping[str, Any]) -> bool:
         """Append one epoch's figures to metrics.jsonl and TensorBoard; tell whether its mAP@.5:.95 is the best yet."""
-        is_best = row.get("map50_95", -2.0) > self.best
-        self.best = max(self.best, row.get("map50_95", -1.0))
+        if is_best := row.get("map50_95", -2.0) > self.best:
+            self.best, self.best_epoch = row["map50_95"], row["epoch"]
         if not dist.is_first():
             return is_best
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with _naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {}
@@ -89,16 +91,25 @@ class Run:
             "cfg_path": averaged.cfg.path,
             "epoch": epoch,
             "best": self.best,
+            "best_epoch": self.best_epoch,
             "model": averaged.state_dict(),
         }
         if is_best:
             self._write("best", averaged, checkpoint)
         self._write("last", averaged, checkpoint | ({"trainer": trainer.state()} if trainer else {}))
 
+    def has_settled(self, epoch: int, patience: int | None) -> bool:
+        """Tell, and say, when `patience` epochs up to `epoch` have brought no better mAP."""
+        if not patience or epoch - self.best_epoch < patience:
+            return False
+        log.info("no better mAP since epoch %d: the training ends (--patience %d)", self.best_epoch, patience)
+        return True
+
     def draw_curves(self) -> None:
         """Draw loss, mAP and learning rate up to now into curves.png."""
         if dist.is_first():
-            draw_curves(self.metrics_file, self.folder / "curves.png")
+            with _naming(self.folder / "curves.png"):
+                draw_curves(self.metrics_file, self.folder / "curves.png")
 
     def close(self) -> None:
         """Finish the event file."""
@@ -110,6 +121,15 @@ class Run:
         save_checkpoint(path, checkpoint)
         save_weights(averaged, path.with_suffix(".weights"))
         write_atomically(WEIGHTS / path.name, lambda partial: shutil.copyfile(path, partial))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that the disk refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot write: {error.strerror}; the last checkpoint is unharmed") from None
 
 
 def run_folder(checkpoint_path: str, checkpoint: Mapping[str, Any]) -> Path:

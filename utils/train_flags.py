@@ -7,7 +7,7 @@ from typing import Any
 
 from models import Cfg
 
-from . import cli
+from . import cli, dist
 from .darknet_recipe import read_darknet_recipe
 from .log import DataError
 from .recipe import Recipe, load_recipe
@@ -33,7 +33,10 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     add("--adam", action="store_true", help="AdamW (at a tenth of --lr) instead of SGD")
     add("--multi-scale", action="store_true", help="draw a size between MIN and MAX for every batch")
     add("--rect", action="store_true", help="batches of like shapes, without mosaic")
-    add("--cache-images", action="store_true", help="keep decoded images in memory")
+    add("--cache-images", nargs="?", const="ram", choices=("ram", "disk"), help="keep decoded images (default: in ram)")
+    add("--freeze", type=cli.natural, default=0, help="leave the first N layers as they are (default: 0)")
+    add("--patience", type=cli.positive, help="stop after N epochs without a better mAP (default: never)")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--notest", action="store_true", help="test after the last epoch only")
     add("--nosave", action="store_true", help="write checkpoints after the last epoch only")
     add("--sync-bn", action="store_true", help="batch normalisation over the GPUs of all processes")
@@ -43,6 +46,7 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     args = parser.parse_args(argv)
     if problem := _problem(args, parser):
         parser.error(problem)
+    args.processes = dist.world_size()
     return args
 
 
@@ -52,8 +56,11 @@ def restore_args(args: argparse.Namespace, resumed: dict[str, Any]) -> argparse.
         raise DataError(f"{args.resume}: carries no settings of a training (only a last.pt of train.py does)")
     if "trainer" not in resumed:
         raise DataError(f"{args.resume}: its training is finished (start a new one with --weights {args.resume})")
+    processes = resumed["settings"].get("processes", 1)
+    if processes != args.processes:
+        raise DataError(f"{args.resume}: was trained by {processes} processes, not {args.processes} (start as many)")
     changes = {"resume": args.resume, "workers": args.workers} | ({"device": args.device} if args.device else {})
-    return argparse.Namespace(**resumed["settings"] | changes)
+    return argparse.Namespace(**vars(args) | resumed["settings"] | changes)  # a flag newer than the run is not set
 
 
 def make_recipe(args: argparse.Namespace, cfg: Cfg, resumed: dict[str, Any]) -> AnyRecipe:
@@ -84,6 +91,8 @@ def _problem(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         return "--img-size MIN MAX needs --multi-scale"
     if "s" in given and not args.sparsity_regularization:
         return "--s needs -sr"
+    if args.patience and args.notest:
+        return "--patience needs the tests that --notest leaves out"
     if args.multi_scale and args.rect:
         return "give --multi-scale or --rect, not both"
     return ""

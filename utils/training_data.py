@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from models import Darknet
 
@@ -49,12 +50,22 @@ def training_sizes(
 
 
 def training_pictures(
-    model: Darknet, train_set: Labelled, sizes: list[tuple[int, int]], recipe: AnyRecipe, args: argparse.Namespace
+    model: Darknet,
+    train_set: Labelled,
+    source: Path,
+    sizes: list[tuple[int, int]],
+    recipe: AnyRecipe,
+    args: argparse.Namespace,
 ) -> tuple[Pictures, TrainingBatches]:
-    """Give the augmented pictures, in memory where asked, and the batches that are drawn from them."""
+    """Give the augmented pictures, decoded before where asked, and the batches that are drawn from them.
+
+    `source` is the list of images, beside which --cache-images disk keeps them.
+    """
     is_darknet, together = isinstance(recipe, DarknetRecipe), args.batch_size * dist.world_size()
     pictures = Pictures(train_set, model.channels, recipe.distortion if is_darknet else recipe, args.seed)
-    if args.cache_images:
+    if args.cache_images == "disk":
+        pictures.cache_on_disk(Path(f"{source}.pictures"), sizes[-1])
+    elif args.cache_images:
         pictures.cache_in_memory(sizes[-1])
     mosaic_epochs = args.epochs if is_darknet else round(args.epochs * (1 - recipe.close_mosaic))
     held = HELD * batches_per_step(recipe, together, 0) if is_darknet else 1
