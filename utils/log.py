@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +24,20 @@ class Lines(logging.StreamHandler):
         super().handleError(record)
 
 
+class LogFile(logging.FileHandler):
+    """Appends log lines to a file; a disk that refuses ends the program instead of printing a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename)
+        super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # told before: what could not be written is still in the buffer
+            super().close()
+
+
 def start_logging(file: Path | None = None, *, stream: TextIO | None = None) -> None:
     """Send log lines to `stream` (default: standard output) and, when `file` is given, append them there too.
 
@@ -38,7 +53,7 @@ def start_logging(file: Path | None = None, *, stream: TextIO | None = None) -> 
     handlers: list[logging.Handler] = [Lines(stream or sys.stdout)]
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
