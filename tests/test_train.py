@@ -76,7 +76,9 @@ def test_a_second_run_overwrites_nothing(command, scenes, tmp_path):
     assert (tmp_path / "weights/last.pt").read_bytes() == (tmp_path / "runs/run-2/last.pt").read_bytes()
 
 
-@pytest.mark.parametrize("more", [(), ("--adam", "--multi-scale", "--workers", 1), ("--rect", "--cache-images")])
+@pytest.mark.parametrize(
+    "more", [(), ("--adam", "--multi-scale", "--workers", 1), ("--rect", "--cache-images", "disk")]
+)
 def test_a_killed_training_resumes_bit_for_bit(command, scenes, tmp_path, more):
     arguments = [str(flag) for flag in flags(scenes, "--epochs", 4, *more)]
     assert command("train", *arguments, "--name", "whole").status == 0
@@ -169,6 +171,46 @@ def test_sparse_training_shrinks_gammas(command, scenes, tmp_path):
     assert mean_gamma("-sr", "--s", 5) < mean_gamma() - 0.01
 
 
+def test_frozen_layers_and_their_statistics_stay(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    before = weights_of(tmp_path / "runs/run/last.pt")
+    outcome = command("train", *flags(scenes, "--epochs", 2, "--weights", "weights/last.pt", "--freeze", 3, "-sr"))
+    assert outcome.status == 0, outcome.err
+    after = weights_of(tmp_path / "runs/run-2/last.pt")
+    changed = {name for name in before if not torch.equal(before[name], after[name]) and "num_batches" not in name}
+    assert {int(name.split(".")[1]) for name in changed} == {5, 7, 10, 11}  # 0 to 2 stay, those between have no weights
+    assert "blocks.0.bn.running_mean" in before
+
+
+def test_patience_ends_a_training_that_gets_no_better(command, scenes, tmp_path):
+    outcome = command("train", *flags(scenes, "--epochs", 9, "--lr", 1e-12, "--patience", 2, "--freeze", 9))
+    assert outcome.status == 0, outcome.err
+    assert "no better mAP since epoch 1: the training ends (--patience 2)" in outcome.out
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert "trainer" not in load_checkpoint(tmp_path / "runs/run/last.pt")
+
+
+def test_a_compiled_network_trains_as_the_plain_one(command, scenes, tmp_path):
+    command("train", *flags(scenes, "--epochs", 1))
+    outcome = command("train", *flags(scenes, "--epochs", 1, "--compile", "--name", "compiled"))
+    assert outcome.status == 0, outcome.err
+    plain, compiled = (weights_of(tmp_path / f"runs/{name}/last.pt") for name in ("run", "compiled"))
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_compiler_compile_says_so(command, scenes, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    outcome = command("train", *flags(scenes, "--compile"))
+    assert outcome.status == 2
+    reason = "Failed to find C++ compiler"
+    assert outcome.err.splitlines()[-1] == f"--compile: torch.compile does not work here: {reason} (leave it out)"
+
+
 def test_one_class(command, scenes, tmp_path):
     cfg = tmp_path / "one.cfg"
     cfg.write_text(CFG.read_text().replace("classes=4", "classes=1").replace("filters=18", "filters=12"))
@@ -248,6 +290,16 @@ def test_the_copy_in_weights_resumes_its_own_run_only(command, scenes, tmp_path)
         (["--img-size", "96", "64", "--multi-scale"], "--img-size expects N, or MIN MAX"),
         (["--img-size", "64", "96"], "--img-size MIN MAX needs --multi-scale"),
         (["--s", "0.1"], "--s needs -sr"),
+        (
+            ["--batch-size", "auto"],
+            "--batch-size auto: measures the memory of a GPU (on the CPU give a number, say 16)",
+        ),
+        (["--batch-size", "many"], "--batch-size: expected a number, gets 'many'"),
+        (["--freeze", "13"], "--freeze 13: nothing is left to learn (the network has 13 layers)"),
+        (["--patience", "2", "--notest"], "--patience needs the tests that --notest leaves out"),
+        (["--cache-images", "tape"], "--cache-images: invalid choice: 'tape'"),
+        (["--recipe", "darknet", "--adam"], "--recipe darknet takes everything from the cfg: leave out --adam"),
+        (["--recipe", "darknet", "--multi-scale"], "leave out --multi-scale"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(command, scenes, change, message):

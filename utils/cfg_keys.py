@@ -26,8 +26,8 @@ A cfg is a list of sections, each a `[name]` and below it lines `key=value`. The
 layer or a macro, which stands for several; indices count the sections as written from 0, negative ones back from the
 section that names them. White space means nothing, `#` and `;` start a comment, the first of two equal keys holds. A
 key that is not listed here is an error, or, with `--allow-unknown`, a warning. Darknet's own keys that describe its
-trainer are accepted and set aside. Where the default is empty, it follows another key, or the key means nothing unless
-it is written."""
+trainer are accepted; `train.py --recipe darknet` obeys those that docs/training.md lists, all others are set aside.
+Where the default is empty, it follows another key, or the key means nothing unless it is written."""
 
 COMMON = "every layer"
 MAKERS: dict[str, Callable[..., object]] = {**SECTIONS, **MACROS}

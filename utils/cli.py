@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 from models import CfgError, Darknet, WeightsError, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
+from . import dist
 from .boxes import scaled_size
 from .device import PRECISIONS
 from .lists import DataSpec, load_data, load_names
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest flag when one is unknown."""
 
     def error(self, message: str) -> NoReturn:
+        if not dist.is_first():
+            sys.exit(2)
         for wrong in re.findall(r"(?<=arguments: )(-\S+)", message):
             near = difflib.get_close_matches(wrong.partition("=")[0], self._option_string_actions, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
@@ -53,6 +56,10 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(0)
     except OSError as error:
         sys.exit(_complain(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"))
+    except RuntimeError as error:
+        if not dist.is_lost(error):
+            raise
+        sys.exit(_complain(f"process {dist.rank()} has lost another one: {str(error).splitlines()[0]}", waits=True))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -84,9 +91,12 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:
     """Add --batch-size, --device, --precision, --workers and --single-cls."""
-    parser.add_argument("--batch-size", type=positive, default=16, help="images a batch (default: %(default)s)")
+    default = None if is_training else 16
+    note = "16; as the cfg says with --recipe darknet" if is_training else "16"
+    kind, more = (batch_size, "; auto: as many as the GPU holds") if is_training else (positive, "")
+    parser.add_argument("--batch-size", type=kind, default=default, help=f"images a batch (default: {note}){more}")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on a GPU, fp32 on the CPU"
@@ -181,6 +191,11 @@ def positive(text: str) -> int:
     return _bounded(int, text, 1, 10**9)
 
 
+def batch_size(text: str) -> int | str:
+    """Read an integer above 0, or "auto" (for argparse)."""
+    return text if text == "auto" else positive(text)
+
+
 def natural(text: str) -> int:
     """Read an integer of at least 0 (for argparse)."""
     return _bounded(int, text, 0, 10**9)
@@ -211,6 +226,7 @@ def _bounded(kind: type, text: str, low: float, high: float):
     return value
 
 
-def _complain(message: str) -> int:
-    print(message, file=sys.stderr)
+def _complain(message: str, *, waits: bool = False) -> int:
+    if dist.is_to_tell(waits=waits):
+        print(message, file=sys.stderr)
     return 2

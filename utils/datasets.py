@@ -6,6 +6,8 @@ epoch and the index, so workers hold no state and a resumed training sees what a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -13,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
+from . import dist
 from .augment import Sample, flip, jitter_colour, letterbox, mixup, mosaic, random_affine, resize_to_fit, stretch
 from .boxes import Fit
+from .darknet_augment import distorted
+from .darknet_recipe import Distortion
 from .labels import Labelled
 from .log import DataError
+from .picture_cache import fill_cache, read_cached
 from .pictures import read_picture
 from .recipe import Recipe
 
@@ -57,14 +62,15 @@ class Batch(NamedTuple):
 
 @dataclass
 class Pictures(Dataset[Item]):
-    """The samples of a checked list. With a `recipe` they are augmented, without one they are only fitted."""
+    """The samples of a checked list. With a `recipe`, ours or Darknet's, they are augmented, else only fitted."""
 
     labelled: Labelled
     channels: int = 3
-    recipe: Recipe | None = None
+    recipe: Recipe | Distortion | None = None
     seed: int = 0
     is_stretched: bool = False
     cache: dict[int, np.ndarray] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # of the cache on disk
 
     def __len__(self) -> int:
         return len(self.labelled.paths)
@@ -84,13 +90,20 @@ class Pictures(Dataset[Item]):
 
     def cache_in_memory(self, size: tuple[int, int]) -> None:
         """Decode every picture once and keep it, fitted to `size`, in memory."""
-        for index in tqdm(range(len(self)), desc="caching", unit="img"):
+        for index in dist.progress(range(len(self)), desc="caching", unit="img"):
             self.cache[index] = resize_to_fit(read_picture(self.labelled.paths[index]), size)
+
+    def cache_on_disk(self, folder: Path, size: tuple[int, int]) -> None:
+        """Decode every picture once and keep it, fitted to `size`, in files of `folder`."""
+        with dist.first_goes_first():
+            self.files = fill_cache(folder, self.labelled.paths, size)
 
     def _load(self, index: int, size: tuple[int, int]) -> Sample:
         """Give a picture fitted to `size`, its classes and its boxes in xyxy_px."""
-        picture = self.cache.get(index)
-        picture = resize_to_fit(read_picture(self.labelled.paths[index]) if picture is None else picture, size)
+        path, picture = self.labelled.paths[index], self.cache.get(index)
+        if picture is None:
+            picture = read_cached(self.files[index], path, size) if self.files else read_picture(path)
+        picture = resize_to_fit(picture, size)
         return picture, *self._boxes(index, picture.shape[:2])
 
     def _boxes(self, index: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +121,10 @@ class Pictures(Dataset[Item]):
     def _augmented(self, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray, Fit]:
         assert self.recipe is not None
         generator = np.random.default_rng([self.seed, key.epoch, key.index])
+        if isinstance(self.recipe, Distortion):
+            load = partial(self._load, size=key.size)
+            sample = distorted(load, key.index, len(self), key.size, self.recipe, generator)
+            return *sample, Fit(key.size, (1, 1), (0, 0))
         sample = self._composed(key, self.recipe, generator)
         if key.is_mosaic and generator.random() < self.recipe.mixup:
             other = Key(int(generator.integers(len(self))), key.epoch, key.size, key.is_mosaic)
@@ -128,8 +145,9 @@ class Pictures(Dataset[Item]):
 class TrainingBatches(Sampler[list[Key]]):
     """Shuffled batches over pictures of `shapes` [N, 2] (height, width); `epoch` is set before each epoch.
 
-    `sizes` are the network sizes to choose from, one draw a batch. Where `is_rectangular`, the pictures of a batch are
-    alike in shape, the network size is just what they need, and there is no mosaic.
+    `sizes` are the network sizes to choose from, one draw for `held` batches. Where `is_rectangular`, the pictures of a
+    batch are alike in shape, the network size is just what they need, and there is no mosaic. Of several processes each
+    gets every `world`-th picture of a batch that is `world` times as large, and at least one.
     """
 
     shapes: np.ndarray
@@ -140,25 +158,33 @@ class TrainingBatches(Sampler[list[Key]]):
     is_rectangular: bool = False
     stride: int = 32
     epoch: int = 0
+    held: int = 1  # batches for which a drawn size holds
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
-        return -(-len(self.shapes) // self.batch_size)
+        return -(-len(self.shapes) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.shapes))
-        starts = np.arange(0, len(order), self.batch_size)
+        together = self.batch_size * self.world
+        starts = np.arange(0, len(order), together)
         ratios = self.shapes[:, 0] / self.shapes[:, 1]
         if self.is_rectangular:
             order = order[np.argsort(ratios[order], kind="stable")]
             starts = generator.permutation(starts)
         is_mosaic = not self.is_rectangular and self.epoch < self.mosaic_epochs
-        for start in starts:
-            chosen = order[start : start + self.batch_size]
-            size = self.sizes[generator.integers(len(self.sizes))]
+        for number, start in enumerate(starts):
+            chosen = order[start : start + together]
+            if number % self.held == 0:
+                drawn = self.sizes[generator.integers(len(self.sizes))]
+            size = drawn
             if self.is_rectangular:
                 size = rectangle(ratios[chosen], size, self.stride)
-            yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen]
+            if len(chosen) < self.world:
+                chosen = np.resize(chosen, self.world)  # repeats them
+            yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen[self.rank :: self.world]]
 
 
 def evaluation_batches(

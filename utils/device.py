@@ -5,15 +5,23 @@ import random
 import numpy as np
 import torch
 
+from . import dist
 from .log import DataError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def select_device(name: str) -> torch.device:
-    """Turn '', 'cpu' or a GPU number into a device; '' is the first GPU where there is one, else the CPU."""
+    """Turn '', 'cpu' or a GPU number into a device; '' is the first GPU where there is one, else the CPU.
+
+    Each process of torchrun has the GPU of its own number.
+    """
     if name == "cpu" or (not name and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if dist.world_size() > 1:
+        if name:
+            raise DataError(f"--device {name}: torchrun gives each process a GPU (leave it out, or --device cpu)")
+        name = str(dist.local_rank())
     number = name.removeprefix("cuda").removeprefix(":") or "0"
     if not number.isdecimal():
         raise DataError(f"--device {name}: expected cpu or the number of one GPU (0, 1, …)")
@@ -32,8 +40,12 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype:
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed every global generator; a resumed epoch thus starts where an uninterrupted one does."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    """Seed every global generator; a resumed epoch thus starts where an uninterrupted one does.
+
+    In an epoch each process has random numbers of its own; at the start all have the same.
+    """
+    process = [dist.rank()] if epoch and dist.rank() else []
+    mixed = int(np.random.SeedSequence([seed, epoch, *process]).generate_state(1)[0])
     random.seed(mixed)
     torch.manual_seed(mixed)
 

@@ -3,23 +3,29 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from models import Darknet
+
+from . import dist
+from .darknet_loss import darknet_loss
+from .darknet_recipe import DarknetRecipe
 from .datasets import Item, to_input
 from .log import DataError
-from .recipe import Recipe
-from .schedule import make_ema, make_optimizer, make_scheduler
+from .loss import detection_loss
+from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
 
-MAX_GRADIENT = 10.0  # norm that gradients are clipped to
+MAX_GRADIENT = 10.0  # norm that gradients are clipped to by our recipe
 
 StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -33,6 +39,7 @@ class Trainer:
     scheduler: LambdaLR
     ema: AveragedModel
     scaler: torch.amp.GradScaler
+    max_gradient: float = math.inf
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next epoch depends on, beside the epoch's number."""
@@ -54,13 +61,80 @@ class Trainer:
 
 
 def make_trainer(
-    model: nn.Module, recipe: Recipe, *, epochs: int, steps: int, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    recipe: AnyRecipe,
+    *,
+    epochs: int,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> Trainer:
     """Make the trainer of `epochs` of `steps` optimizer steps; gradients are scaled for fp16 alone."""
     optimizer = make_optimizer(model, recipe)
-    scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps)
+    scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps, seed=seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler)
+    limit = math.inf if isinstance(recipe, DarknetRecipe) else MAX_GRADIENT
+    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit)
+
+
+def make_step_loss(
+    network: nn.Module, model: Darknet, recipe: AnyRecipe, device: torch.device, dtype: torch.dtype
+) -> StepLoss:
+    """Make the loss of one batch: forward through `network`, the model or what wraps it, in `dtype`, loss in fp32."""
+
+    def step_loss(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            raws = network(x)
+        size = (x.shape[2], x.shape[3])
+        if isinstance(recipe, DarknetRecipe):
+            return darknet_loss(raws, targets, model.heads, size, recipe.heads)
+        return detection_loss(raws, targets, model.heads, size, recipe)
+
+    return step_loss
+
+
+def synchronise_statistics(model: Darknet, device: torch.device) -> Darknet:
+    """Let every batch normalisation see the batches of all processes (SyncBN). Raises DataError where it cannot."""
+    if dist.world_size() == 1 or device.type == "cpu":
+        raise DataError("--sync-bn: needs several processes with a GPU each (start them with torchrun)")
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.layers = [replace(layer, module=block) for layer, block in zip(model.layers, model.blocks, strict=True)]
+    return model
+
+
+def make_freeze(model: Darknet, first: int) -> Callable[[int], None]:
+    """Make what is called before each step with its number: `stopbackward` and its like, and the `first` layers.
+
+    These stay as they are, the statistics of their batch normalisation too. Raises DataError where nothing is left.
+    """
+    if not any(True for _ in model.blocks[first:].parameters()):
+        raise DataError(f"--freeze {first}: nothing is left to learn (the network has {len(model.layers)} layers)")
+
+    def freeze(iteration: int) -> None:
+        model.freeze(iteration)
+        model.blocks[:first].requires_grad_(False).eval()
+
+    return freeze
+
+
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Let forward and backward passes run compiled, after a try. Raises DataError where there is no compiler."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"--compile: torch.compile does not work here: {reason} (leave it out)") from None
+    model.compile()
+
+
+def distribute(model: Darknet, device: torch.device) -> nn.Module:
+    """Wrap a model so that the gradients of a backward pass are means over the processes; alone it stays as it is."""
+    if dist.world_size() == 1:
+        return model
+    changes = any(layer.rules.stop_backward > 1 for layer in model.layers)  # of what learns, during the training
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=changes)
 
 
 def train_one_epoch(
@@ -71,6 +145,7 @@ def train_one_epoch(
     device: torch.device,
     accumulate: int,
     title: str,
+    hold_back: Callable[[], AbstractContextManager[None]] = nullcontext,
     freeze: Callable[[int], None],
     after_backward: Callable[[], None] | None = None,
 ) -> dict[str, float]:
@@ -78,31 +153,42 @@ def train_one_epoch(
 
     `step_loss` takes inputs [B, C, H, W] and targets [N, 6] and returns the loss and its parts. `accumulate` batches
     make one optimizer step, the last step of the epoch takes what is left. `freeze` gets the number of the step, from 0
-    on, before its first batch; `after_backward` may add to the gradients before it. Raises DataError when the loss is
-    not finite, before any weight is touched by it.
+    on, before its first batch; `after_backward` may add to the gradients before it. Batches that make no step run
+    within `hold_back`, which spares the exchange between processes. Raises DataError when the loss is not finite,
+    before any weight is touched by it.
+
+    A batch's loss is exact over all processes. A step's gradient is the mean over its batches, an approximation of one
+    large batch: where the loss is a mean over matches, it becomes a mean of means.
     """
     trainer.model.train()
     sums: dict[str, float] = defaultdict(float)
     steps = len(loader)
-    for number, batch in enumerate(progress := tqdm(loader, desc=title, unit="batch")):
+    for number, batch in enumerate(progress := dist.progress(loader, desc=title, unit="batch")):
         if batch.problem:
             raise DataError(batch.problem)
         if number % accumulate == 0:
             freeze(trainer.scheduler.last_epoch)
-        loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
-        if not math.isfinite(value := loss.item()):
-            raise DataError(
-                f"{title}, batch {number + 1}: the loss is {value}; the last checkpoint is kept (lower --lr, or look"
-                " at the labels of this batch)"
-            )
+        makes_step = (number + 1) % accumulate == 0 or number + 1 == steps
         first = number - number % accumulate
-        trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()
-        if (number + 1) % accumulate == 0 or number + 1 == steps:
+        with nullcontext() if makes_step else hold_back():
+            loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
+            _check_finite(loss, f"{title}, batch {number + 1}")
+            trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()
+        if makes_step:
             _step(trainer, after_backward)
         for name, part in {"loss": loss, **parts}.items():
             sums[name] += float(part.detach())
         progress.set_postfix({name: f"{total / (number + 1):.3g}" for name, total in sums.items()})
-    return {name: total / steps for name, total in sums.items()}
+    means = dist.averages([total / steps for total in sums.values()])
+    return dict(zip(sums, means, strict=True))
+
+
+def _check_finite(loss: Tensor, where: str) -> None:
+    if not math.isfinite(value := loss.item()):
+        raise DataError(
+            f"{where}: the loss is {value}; the last checkpoint is kept (lower --lr, or look at the labels of this"
+            " batch)"
+        )
 
 
 def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
@@ -111,7 +197,7 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     trainer.scaler.unscale_(trainer.optimizer)
     if after_backward:
         after_backward()
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), MAX_GRADIENT)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
     trainer.scaler.step(trainer.optimizer)

@@ -11,10 +11,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert
-from tqdm import tqdm
 
 from models import Darknet
 
+from . import dist
 from .boxes import non_maximum_suppression
 from .datasets import Pictures, evaluation_batches, make_loader, to_input
 from .device import synchronize
@@ -100,8 +100,9 @@ def evaluate(
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Detect on every image and judge; returns the evaluation and the detections in COCO's results format."""
     results, clock = detect_all(model, labelled, settings, device=device, dtype=dtype)
-    ms = {stage: 1000 * seconds / len(labelled.paths) for stage, seconds in clock.items()}
-    return judge(results, labelled, names, max_det=settings.max_det, ms_per_image=ms), results
+    ms = {stage: 1000 * dist.world_size() * seconds / len(labelled.paths) for stage, seconds in clock.items()}
+    results = dist.gather(results)
+    return dist.from_first(lambda: judge(results, labelled, names, max_det=settings.max_det, ms_per_image=ms)), results
 
 
 @torch.inference_mode()
@@ -110,8 +111,8 @@ def detect_all(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Detect on every image: COCO results (image_id and category_id 0-based, bbox xywh of the picture) and seconds.
 
-    The clock has three stages: preprocess (waiting for the loader and moving to the device), forward (with decoding)
-    and nms.
+    Of several processes each does its part. The clock has three stages: preprocess (waiting for the loader and moving
+    to the device), forward (with decoding) and nms.
     """
     model.eval()
     pictures = Pictures(labelled, model.channels, is_stretched=settings.is_stretched)
@@ -125,8 +126,8 @@ def detect_all(
     results: list[dict[str, Any]] = []
     clock = {"preprocess": 0.0, "forward": 0.0, "nms": 0.0}
     start = time.perf_counter()
-    loader = make_loader(pictures, batches, workers=settings.workers)
-    for batch in tqdm(loader, desc="testing", unit="batch", leave=False):
+    loader = make_loader(pictures, dist.share(batches), workers=settings.workers)
+    for batch in dist.progress(loader, desc="testing", unit="batch", leave=False):
         if batch.problem:
             raise DataError(batch.problem)
         x = to_input(batch.pictures, device)

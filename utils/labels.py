@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from . import dist
 from .lists import ignore_path, label_path, list_images, read_lines
 from .log import DataError, log
 from .pictures import check_picture
@@ -61,7 +61,9 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
         return stamp, size, rows, [problem, *bad] if problem else bad
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = tqdm(pool.map(check, paths), total=len(paths), desc=f"checking {source}", unit="img", leave=False)
+        checked = dist.progress(
+            pool.map(check, paths), total=len(paths), desc=f"checking {source}", unit="img", leave=False
+        )
         for stamp, size, rows, wrong in checked:
             mistakes += wrong
             missing += int(stamp[2] < 0)

@@ -13,6 +13,7 @@ from torchvision.ops import box_convert, complete_box_iou_loss
 
 from models.yolo import HeadSpec, split, to_xywh
 
+from .dist import average
 from .recipe import Recipe
 
 
@@ -31,21 +32,24 @@ def detection_loss(
 
     A target is (place in the batch, class, xywh_n). Returns the loss, per image, and its parts for the log.
     """
+    images = len(raws[0]) / average(len(raws[0]))
     box = objectness = classes = raws[0].new_zeros((), dtype=torch.float32)
     for raw, spec in zip(raws, heads, strict=True):
         t = split(raw.float(), spec)  # [B, A, H, W, 5+C]
         matches = assign(targets, t.shape[2:4], spec, size, recipe)
         goal = t.new_zeros(t.shape[:4])  # [B, A, H, W]
+        share = len(matches.boxes) / max(1e-9, average(len(matches.boxes)))  # of all processes' matches; alone 1
         if len(matches.boxes):
             chosen = t[matches.places]  # [M, 5+C]
             iou_loss = _box_loss(chosen, matches, spec, size, t.shape[2:4])  # [M]
-            box = box + iou_loss.mean()
+            box = box + share * iou_loss.mean()
             quality = (1 - iou_loss.detach()).clamp(0, 1)
             cells = torch.arange(goal.numel(), device=goal.device).view(goal.shape)[matches.places]  # [M]
             goal.view(-1).scatter_reduce_(0, cells, quality, "amax")  # where boxes claim one cell, the better counts
             if spec.classes > 1:
-                classes = classes + _class_loss(chosen[:, 5:], matches.classes, spec, recipe.label_smoothing)
-        objectness = objectness + _balance(spec) * _binary(t[..., 4], goal, spec)
+                loss = _class_loss(chosen[:, 5:], matches.classes, spec, recipe.label_smoothing)
+                classes = classes + share * loss
+        objectness = objectness + images * _balance(spec) * _binary(t[..., 4], goal, spec)
     scale = 3 / len(heads)
     box, objectness = recipe.box_gain * scale * box, recipe.objectness_gain * scale * objectness
     classes = recipe.class_gain * scale * classes

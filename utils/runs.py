@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from models import Darknet, dump, save_weights
 from models.weights import load_checkpoint, save_checkpoint, write_atomically
 
+from . import dist
 from .engine import Trainer
 from .log import DataError, log, start_logging
 from .plots import draw_curves
-from .recipe import Recipe
+from .schedule import AnyRecipe
 
 RUNS, WEIGHTS = Path("runs"), Path("weights")
 
@@ -25,11 +27,12 @@ RUNS, WEIGHTS = Path("runs"), Path("weights")
 class Run:
     """One training's folder; `resumed` is the checkpoint that it goes on from, empty for a new run.
 
-    What describes the run goes into settings.json and into every checkpoint.
+    What describes the run goes into settings.json and into every checkpoint. Of several processes the first alone
+    writes.
     """
 
     def __init__(
-        self, folder: Path, resumed: Mapping[str, Any], *, args: Namespace, recipe: Recipe, names: tuple[str, ...]
+        self, folder: Path, resumed: Mapping[str, Any], *, args: Namespace, recipe: AnyRecipe, names: tuple[str, ...]
     ) -> None:
         self.folder = folder
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
@@ -41,6 +44,9 @@ class Run:
             "recipe": asdict(recipe),
         }
         self.best: float = resumed.get("best", -1.0)
+        self.best_epoch: int = resumed.get("best_epoch", 0)
+        if not dist.is_first():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         start_logging(folder / "train.log")
         text = json.dumps(self.description, indent=1) + "\n"
@@ -56,15 +62,17 @@ class Run:
 
     def add_metrics(self, row: Mapping[str, Any]) -> bool:
         """Append one epoch's figures to metrics.jsonl and TensorBoard; tell whether its mAP@.5:.95 is the best yet."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        if is_best := row.get("map50_95", -2.0) > self.best:
+            self.best, self.best_epoch = row["map50_95"], row["epoch"]
+        if not dist.is_first():
+            return is_best
+        with _naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {}
             for tag, number in (parts or {name: value}).items():
                 self.events.add_scalar(tag, number, row["epoch"])
         self.events.flush()
-        is_best = row.get("map50_95", -2.0) > self.best
-        self.best = max(self.best, row.get("map50_95", -1.0))
         return is_best
 
     def save(self, averaged: Darknet, trainer: Trainer | None, *, epoch: int, seen: int, is_best: bool) -> None:
@@ -73,6 +81,8 @@ class Run:
         last.pt carries the trainer's state where one is given: not after the last epoch. `seen` counts images. Raises
         WeightsError when the disk refuses, with the earlier file unharmed.
         """
+        if not dist.is_first():
+            return
         if not all(value.isfinite().all() for value in averaged.state_dict().values()):
             raise DataError(f"epoch {epoch}: the weights are not finite; the last checkpoint is kept (lower --lr)")
         averaged.header = (0, 2, 5, seen)
@@ -81,25 +91,45 @@ class Run:
             "cfg_path": averaged.cfg.path,
             "epoch": epoch,
             "best": self.best,
+            "best_epoch": self.best_epoch,
             "model": averaged.state_dict(),
         }
         if is_best:
             self._write("best", averaged, checkpoint)
         self._write("last", averaged, checkpoint | ({"trainer": trainer.state()} if trainer else {}))
 
+    def has_settled(self, epoch: int, patience: int | None) -> bool:
+        """Tell, and say, when `patience` epochs up to `epoch` have brought no better mAP."""
+        if not patience or epoch - self.best_epoch < patience:
+            return False
+        log.info("no better mAP since epoch %d: the training ends (--patience %d)", self.best_epoch, patience)
+        return True
+
     def draw_curves(self) -> None:
         """Draw loss, mAP and learning rate up to now into curves.png."""
-        draw_curves(self.metrics_file, self.folder / "curves.png")
+        if dist.is_first():
+            with _naming(self.folder / "curves.png"):
+                draw_curves(self.metrics_file, self.folder / "curves.png")
 
     def close(self) -> None:
         """Finish the event file."""
-        self.events.close()
+        if dist.is_first():
+            self.events.close()
 
     def _write(self, name: str, averaged: Darknet, checkpoint: Mapping[str, Any]) -> None:
         path = self.folder / f"{name}.pt"
         save_checkpoint(path, checkpoint)
         save_weights(averaged, path.with_suffix(".weights"))
         write_atomically(WEIGHTS / path.name, lambda partial: shutil.copyfile(path, partial))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that the disk refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot write: {error.strerror}; the last checkpoint is unharmed") from None
 
 
 def run_folder(checkpoint_path: str, checkpoint: Mapping[str, Any]) -> Path:

@@ -7,5 +7,5 @@ from torch import nn
 def shrink_gammas(model: nn.Module, strength: float) -> None:
     """Add the subgradient of `strength` times |γ| to the gradient of every batch normalisation's weight."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.weight.grad is not None:
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and module.weight.grad is not None:
             module.weight.grad.add_(module.weight.detach().sign(), alpha=strength)

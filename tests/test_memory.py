@@ -1,0 +1,36 @@
+"""--batch-size auto: what fits into a GPU's memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.memory import fitting_batch
+
+MB = 1_000_000
+CFG = Path(__file__).resolve().parent / "fixtures/tiny.cfg"
+
+
+@pytest.mark.parametrize(
+    ("peaks", "budget", "expected"),
+    [
+        ({1: 110, 2: 120, 4: 140}, 200, 8),  # 100 and 10 an image: 10, rounded down
+        ({1: 110, 2: 120, 4: 140, 8: 180}, 340, 24),
+        ({1: 110, 2: 120}, 155, 5),
+        ({1: 110}, 130, 1),
+        ({1: 110}, 100, 0),
+        ({}, 100, 0),
+        ({1: 1, 2: 1, 4: 1}, 10**9, 1024),
+        ({1: 110, 2: 120, 4: 400}, 150, 5),
+    ],
+)
+def test_the_line_through_what_was_measured(peaks: dict[int, int], budget: int, expected: int) -> None:
+    assert fitting_batch({count: peak * MB for count, peak in peaks.items()}, budget * MB) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_is_measured(command, scenes):
+    flags = ("--cfg", CFG, "--data", scenes, "--epochs", 1, "--batch-size", "auto", "--workers", 0)
+    outcome = command("train", *flags)
+    assert outcome.status == 0, outcome.err
+    assert "--batch-size auto:" in outcome.out
