@@ -11,10 +11,11 @@ from torch import Tensor
 
 from models import Darknet, load_cfg
 from models.yolo import HeadSpec, decode, split
+from utils.assignment import assign, best_matches
 from utils.datasets import Key, Pictures, collate, to_input
 from utils.evaluate import Settings, evaluate
 from utils.labels import Labelled
-from utils.loss import assign, detection_loss
+from utils.loss import detection_loss, efficient_box_iou_loss
 from utils.recipe import Recipe
 
 SIZE = (64, 96)  # height, width: 4x6 cells of 16 px
@@ -386,3 +387,19 @@ def test_a_small_network_learns_four_pictures(tmp_path: Path, head: dict[str, ob
     evaluation, _ = evaluate(model, labelled, names, settings, device=cpu)
     assert evaluation.map50 > 0.9
     assert evaluation.map50_95 > 0.6
+
+
+def test_the_best_matches_of_every_truth_are_kept_over_all_heads() -> None:
+    truths = [torch.tensor([0, 1, 0]), torch.tensor([0, 1])]
+    scores = [torch.tensor([0.5, 0.5, 1.0]), torch.tensor([0.9, 0.1])]
+    ious = [torch.tensor([0.9, 0.2, 0.5]), torch.tensor([0.9, 0.9])]  # worth .27, .00003, .016; .48, .053
+    assert [kept.tolist() for kept in best_matches(truths, scores, ious, 1)] == [[False] * 3, [True, True]]
+    assert [kept.tolist() for kept in best_matches(truths, scores, ious, 2)] == [[True, True, False], [True, True]]
+    none = torch.zeros(0)
+    assert [len(kept) for kept in best_matches([none.long()], [none], [none], 2)] == [0]
+
+
+def test_the_efficient_iou_loss_adds_the_distance_of_sides() -> None:
+    predicted, truth = torch.tensor([[0.0, 0.0, 4.0, 2.0]]), torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    # IoU 1/2; centres (2, 1) and (1, 1) in a hull of diagonal² 20; widths differ by 2 of 4
+    assert efficient_box_iou_loss(predicted, truth).item() == pytest.approx(1 - 0.5 + 1 / 20 + (2 / 4) ** 2)

@@ -7,7 +7,11 @@ from typing import Any
 
 from .log import DataError
 
-OPTIMIZERS = ("sgd", "adamw")
+CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "box_loss": ("ciou", "diou", "giou", "eiou"),
+    "objectness_target": ("iou", "one"),
+}
 BOUNDS = {  # of the numbers that are not simply 0 or more
     **dict.fromkeys(("final_lr", "momentum", "ema_decay", "label_smoothing", "close_mosaic"), (0, 1)),
     **dict.fromkeys(("mosaic", "mixup", "flip_lr", "flip_ud", "translate", "saturation", "value", "hue"), (0, 1)),
@@ -34,8 +38,12 @@ class Recipe:
     box_gain: float = 16.0
     objectness_gain: float = 32.0
     class_gain: float = 2.0
+    box_loss: str = "ciou"  # ciou, diou, giou or eiou
+    objectness_target: str = "iou"  # iou of the predicted box, or one
+    focal_gamma: float = 0.0  # power by which objectness that is nearly right weighs less
     anchor_ratio: float = 4.0  # an anchor takes a box whose sides differ from its own by less than this factor
     neighbours: float = 0.5  # cells answer for centres this far (in cells) outside, at most as far as decode reaches
+    top_matches: int = 0  # cells and anchors that answer for a box at most, the best predicting ones; 0: all
     label_smoothing: float = 0.0
     mosaic: float = 1.0  # probability
     close_mosaic: float = 0.3  # last fraction of the epochs, which see whole images
@@ -74,8 +82,8 @@ def load_recipe(path: str | Path, base: Recipe) -> Recipe:
         else:
             low, high = BOUNDS.get(key, (0, 1e6))
             if isinstance(found[key], str):
-                if found[key] not in OPTIMIZERS:
-                    mistakes.append(f"{path}:{number}: {key!r} expects {' or '.join(OPTIMIZERS)}, gets {value!r}")
+                if found[key] not in CHOICES[key]:
+                    mistakes.append(f"{path}:{number}: {key!r} expects {' or '.join(CHOICES[key])}, gets {value!r}")
             elif not low <= found[key] <= high:
                 mistakes.append(f"{path}:{number}: {key!r} expects {low} to {high}, gets {value}")
     if mistakes:
