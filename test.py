@@ -8,17 +8,18 @@ Prints a table of all classes; --json writes the same figures. 70 images at 320 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from utils import cli
-from utils.boxes import scaled_size
+from utils.boxes import MAX_CANDIDATES, scaled_size
 from utils.device import autocast_type, select_device
 from utils.evaluate import Evaluation, Settings, evaluate
 from utils.labels import check_labels, merge_classes
 from utils.log import DataError, log
+from utils.protocols import COCO, DARKNET, PROTOCOLS
 
 STUDY_SIDES = (256, 320, 416, 512, 608)  # longer sides in pixels
 BENCHMARK_IOUS = (0.5, 0.6, 0.7)  # overlaps that NMS allows
@@ -31,6 +32,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_run_flags(parser)
     cli.add_detection_flags(parser, conf_thres=0.001)
     parser.add_argument("--max-det", type=cli.positive, help="detections counted per image (default: the .data file's)")
+    parser.add_argument(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        default="coco",
+        help="whose average precision: coco (pycocotools), voc, voc07 (11 points), or Darknet's, with its --conf-thres"
+        " 0.005 and --iou-thres 0.45 (default: coco)",
+    )
+    parser.add_argument(
+        "--points", type=int, choices=(0, 11, 101), help="points of recall of --protocol darknet, 0: area (default: 0)"
+    )
     parser.add_argument("--square", action="store_true", help="pad every picture to the whole network size")
     parser.add_argument(
         "--task",
@@ -42,7 +53,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save-json", nargs="?", const="detections.json", help="write COCO results to this file (detections.json)"
     )
+    protocol = PROTOCOLS[parser.parse_args(argv).protocol]
+    parser.set_defaults(conf_thres=protocol.conf_thres, iou_thres=protocol.iou_thres)
     args = parser.parse_args(argv)
+    if args.points is not None and protocol is not DARKNET:
+        parser.error("--points needs --protocol darknet")
     if args.task != "test" and (args.save_json or args.img_size):
         parser.error("--task study and benchmark go through sizes: give no --img-size and no --save-json")
     for file in filter(None, (args.json, args.save_json)):
@@ -63,18 +78,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError(f"{detector.data.path}: names other classes than the weights learned (give --single-cls?)")
     labelled = check_labels(detector.data.valid, len(detector.data.names))
     labelled = merge_classes(labelled) if args.single_cls else labelled
+    protocol = PROTOCOLS[args.protocol]
     settings = Settings(
         cli.network_size(detector.model, args.img_size),
         conf_thres=args.conf_thres,
         iou_thres=args.iou_thres,
-        max_det=args.max_det or detector.data.max_det,
+        max_det=args.max_det or (detector.data.max_det if protocol is COCO else MAX_CANDIDATES),
         batch_size=args.batch_size,
         workers=args.workers,
         is_rectangular=not args.square,
         is_stretched=args.stretch,
         is_augmented=args.augment,
         is_single_class=args.single_cls,
+        protocol=replace(protocol, points=args.points or protocol.points),
     )
+    if protocol is not COCO:
+        log.info("%s's protocol: confidence %g, NMS %g", protocol.name, args.conf_thres, args.iou_thres)
     model = detector.model.fuse().to(device=device, memory_format=torch.channels_last)
     dtype = autocast_type(args.precision, device)
     rows = []
@@ -84,7 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(rows[0][1].table() if args.task == "test" else compare(rows))
     if args.json:
         figures = [
-            {"size": varied.size, "iou_thres": varied.iou_thres, **asdict(evaluation)} for varied, evaluation in rows
+            {
+                "size": varied.size,
+                "iou_thres": varied.iou_thres,
+                "protocol": varied.protocol.name,
+                **evaluation.figures(),
+            }
+            for varied, evaluation in rows
         ]
         Path(args.json).write_text(json.dumps(figures[0] if args.task == "test" else figures, indent=1) + "\n")
     if args.save_json:

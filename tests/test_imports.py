@@ -46,6 +46,8 @@ FLOORS = {
     "utils/labels.py": 5,
     "utils/loss.py": 5,
     "utils/predict.py": 5,
+    "utils/protocols.py": 5,
+    "utils/scores.py": 5,
     "utils/sparsity.py": 5,
     "utils/engine.py": 6,
     "utils/cfg_keys.py": 6,
