@@ -2,7 +2,7 @@
 
     python train.py --data data/visdrone.data --cfg cfg/yolov3-tiny.cfg --batch-size 16 --epochs 300
 
-Writes runs/<name>/ (log, metrics.jsonl, TensorBoard events, curves, the first batch, last.pt and best.pt, and both as
+Writes runs/<name>/ (log, metrics.jsonl, TensorBoard events, pictures, last.pt and best.pt, and both as
 Darknet .weights) and copies the checkpoints to weights/. On 2 cores with --precision bf16 YOLOv3-tiny sees about 30
 images a second at 320.
 """
@@ -22,7 +22,7 @@ from models import Darknet, load_cfg, load_weights
 from models.darknet import count_parameters
 from models.weights import checkpoint_cfg, describe, load_checkpoint
 from utils import cli
-from utils.datasets import Pictures, TrainingBatches, collate, make_loader
+from utils.datasets import Pictures, TrainingBatches, make_loader
 from utils.device import autocast_type, seed_everything, select_device
 from utils.engine import StepLoss, make_trainer, train_one_epoch
 from utils.evaluate import Settings, evaluate
@@ -30,7 +30,6 @@ from utils.labels import Labelled, check_labels, merge_classes
 from utils.lists import DataSpec, load_data
 from utils.log import DataError, log
 from utils.loss import detection_loss
-from utils.plots import draw_batch
 from utils.recipe import Recipe, load_recipe
 from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
     pictures, batches = training_pictures(model, train_set, sizes, recipe, args)
-    draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
+    run.draw_inputs(pictures, batches, valid_set)
     loader = make_loader(pictures, batches, workers=args.workers)
     accumulate = batches_per_step(recipe, args.batch_size, args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
         averaged = trainer.ema.module
         if is_last or not args.notest:
-            evaluation, _ = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
+            evaluation, results = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
             row |= evaluation.means()
             log.info(evaluation.table() if is_last else f"{title}: {evaluation.line()}")
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
@@ -142,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seen = (epoch + 1) * len(pictures)
             run.save(averaged, None if is_last else trainer, epoch=epoch + 1, seen=seen, is_best=is_best)
         run.draw_curves()
+    run.draw_results(evaluation, results, valid_set)
     run.close()
 
 

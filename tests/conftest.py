@@ -1,5 +1,6 @@
 """What several tests need: the real test data, a small drawn dataset, and the scripts as a user calls them."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -40,13 +41,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd) -> Callable[..., Outcome]:
-    """Run a script as `command("train", "--cfg", …)` in an empty folder."""
+    """Run a script as `command("train", "--cfg", …)`, a module as `command("utils/convert", …)`, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *args: object) -> Outcome:
-        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        if "/" in name:
+            script = importlib.import_module(name.replace("/", "."))
+        else:
+            spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+            script = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(script)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         capfd.readouterr()
         try:

@@ -25,6 +25,7 @@ class Curves:
     recall: np.ndarray
     f1: np.ndarray
     envelope: np.ndarray
+    is_found: np.ndarray  # [C, 1001], whether there is any detection of that confidence
     truths: np.ndarray  # [C]
 
 
@@ -119,7 +120,7 @@ def summarise(
 def make_curves(ranked: list[Ranked]) -> Curves:
     """Read precision, recall and F1 of every class over CONFIDENCES, and the precision-recall curve."""
     P, R = np.zeros((2, len(ranked), len(CONFIDENCES)))
-    envelope = np.zeros((len(ranked), len(RECALLS)))
+    envelope, is_found = np.zeros((len(ranked), len(RECALLS))), np.zeros(P.shape, bool)
     for i, (scores, is_hit, truths) in enumerate(ranked):
         if not truths or not len(scores):
             continue
@@ -127,9 +128,10 @@ def make_curves(ranked: list[Ranked]) -> Curves:
         hits = np.concatenate(([0], np.cumsum(is_hit[order])))
         count = np.searchsorted(-scores[order], -CONFIDENCES, side="right")  # detections at or above each confidence
         P[i], R[i] = hits[count] / np.maximum(count, 1), hits[count] / truths
+        is_found[i] = count > 0
         envelope[i] = interpolate(hits[1:], truths, RECALLS)
     F1 = 2 * P * R / np.maximum(P + R, 1e-16)
-    return Curves(P, R, F1, envelope, np.array([kind.truths for kind in ranked], int))
+    return Curves(P, R, F1, envelope, is_found, np.array([kind.truths for kind in ranked], int))
 
 
 def interpolate(hits: np.ndarray, truths: int, recalls: np.ndarray) -> np.ndarray:
