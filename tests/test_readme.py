@@ -55,6 +55,10 @@ def test_python_commands_run(command, tmp_path):
         if words[:2] == ["-m", "utils.lint"]:
             lint.main(words[2:])
             continue
+        if words[:2] == ["-m", "utils.check"]:
+            outcome = command("utils/check", *words[2:])
+            assert outcome.status == 0, outcome.out
+            continue
         if words[0] == "-m":
             small = ("--train", 8, "--valid", 4, "--size", 64)
             outcome = command(words[1].replace(".", "/"), *words[2:], *small)
@@ -68,6 +72,7 @@ def test_python_commands_run(command, tmp_path):
     assert list((tmp_path / "output").glob("*.jpg"))
     assert list((tmp_path / "found").glob("*.txt"))
     assert (tmp_path / "found/detections.json").exists()
+    assert (tmp_path / "judged/rates.png").exists()
 
 
 def test_python_code_runs(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row, problem = _check_line(line.split(), classes)
+        row, problem = check_words(line.split(), classes)
         if problem:
             mistakes.append(f"{path}:{number}: {problem}")
         else:
@@ -102,7 +102,8 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, np.float32).reshape(-1, 5), mistakes
 
 
-def _check_line(words: Sequence[str], classes: int) -> tuple[list[float], str]:
+def check_words(words: Sequence[str], classes: int) -> tuple[list[float], str]:
+    """Read `class x y w h`: its numbers, and what is wrong with them."""
     try:
         row = [float(word) for word in words]
     except ValueError:
