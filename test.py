@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for varied, each in rows
     ]
     write_json(args.json, figures[0] if args.task == "test" else figures)
-    write_json(args.save_json, results)
+    write_json(args.save_json, results, indent=None)
     if args.noplots:
         return
     folder = Path(args.output) if args.output else new_folder("test")
@@ -164,10 +164,10 @@ def compare(rows: Sequence[tuple[Settings, Evaluation]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | None, figures: object) -> None:
+def write_json(path: str | None, figures: object, *, indent: int | None = 1) -> None:
     """Write figures to a file where one is named."""
     if path:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(path).write_text(json.dumps(figures, indent=indent) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Dataset(NamedTuple):
     def label(self, name: str, *lines: str) -> None:
         (self.folder / "labels" / name).write_text("".join(f"{line}\n" for line in lines))
 
-    def list(self, split: str, *names: str) -> None:
+    def compose(self, split: str, *names: str) -> None:
         (self.folder / f"{split}.txt").write_text("".join(f"images/{name}\n" for name in names))
 
     def found(self, size: tuple[int, int] = (80, 80)) -> dict[str, list[str]]:
@@ -48,8 +48,8 @@ def dataset(tmp_path: Path) -> Dataset:
     for number, name in enumerate(("a", "b", "v")):
         made.picture(f"{name}.png", number)
         made.label(f"{name}.txt", "0 0.3 0.3 0.2 0.2", "1 0.7 0.7 0.3 0.4")
-    made.list("train", "a.png", "b.png")
-    made.list("valid", "v.png")
+    made.compose("train", "a.png", "b.png")
+    made.compose("valid", "v.png")
     (tmp_path / "d.names").write_text("cat\ndog\n")
     (tmp_path / "d.data").write_text("classes=2\ntrain=train.txt\nvalid=valid.txt\nnames=d.names\n")
     return made
@@ -103,7 +103,7 @@ def test_images_and_labels_that_are_not_there_or_broken(dataset: Dataset) -> Non
     for name in ("text", "gone", "orphan", "unlisted"):
         dataset.label(f"{name}.txt", "0 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.3 0.3")
     (dataset.folder / "labels/classes.txt").write_text("cat\ndog\n")
-    dataset.list("train", "a.png", "b.png", "text.png", "gone.png", "bare.png", "a.png")
+    dataset.compose("train", "a.png", "b.png", "text.png", "gone.png", "bare.png", "a.png")
     found = dataset.found()
     assert found.pop("corrupt")[0].startswith("images/b.png: broken image")
     assert found == {
@@ -127,7 +127,7 @@ def test_what_leaks_from_train_into_valid(dataset: Dataset) -> None:
     cv2.imwrite(str(dataset.folder / "images/bright.png"), (picture * 0.7 + 60).astype(np.uint8))
     for name in ("copy", "small", "bright"):
         dataset.label(f"{name}.txt", "0 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.3 0.3")
-    dataset.list("valid", "copy.png", "small.jpg", "bright.png", "v.png")
+    dataset.compose("valid", "copy.png", "small.jpg", "bright.png", "v.png")
     found = dataset.found()
     assert found["leaked"] == ["images/copy.png is images/a.png"]
     assert [text.split(" (")[0] for text in found["alike"]] == [

@@ -63,7 +63,7 @@ def draw_labels(splits: Mapping[str, Labelled], names: Sequence[str], path: Path
     centre_map(axes["centres"], rows[:, 1:3])
     size_map(axes["sizes"], rows[:, 3:5])
     counts = np.array([len(each) for each in labelled.labels])
-    axes["crowd"].hist(counts, bins=min(30, int(counts.max(initial=0)) + 1), color=COLOURS[0])
+    axes["crowd"].hist(counts, bins=_whole_bins(counts), color=COLOURS[0])
     axes["crowd"].set(title="boxes a picture", xlabel="boxes", ylabel="pictures")
     figure.suptitle(f"{first}: {len(rows):,} boxes in {len(counts):,} pictures")
     save_figure(figure, path)
@@ -92,9 +92,10 @@ def draw_overview(
     class_bars(axes["bars"], {split: count_classes(each, len(names)) for split, each in splits.items()}, names)
     centre_map(axes["centres"], rows[:, 1:3])
     _draw_sides(axes["sizes"], splits, side, anchors)
-    for split, each, colour in _coloured(splits):
+    bins = _whole_bins(np.array([len(rows) for each in splits.values() for rows in each.labels]))
+    for (split, each), colour in zip(splits.items(), COLOURS, strict=False):
         counts = [len(rows) for rows in each.labels]
-        axes["crowd"].hist(counts, bins=30, histtype="step", linewidth=1.5, color=colour, label=split)
+        axes["crowd"].hist(counts, bins=bins, histtype="step", linewidth=1.5, color=colour, label=split)
         axes["shapes"].scatter(each.sizes[:, 1], each.sizes[:, 0], s=12, alpha=0.4, color=colour, label=split)
     axes["crowd"].set(title="boxes a picture", xlabel="boxes", ylabel="pictures")
     axes["shapes"].set(title="sizes of pictures", xlabel="width in pixels", ylabel="height in pixels")
@@ -120,8 +121,11 @@ def _draw_sides(axes: Axes, splits: Mapping[str, Labelled], side: int, anchors: 
     axes.legend(loc="upper left")
 
 
-def _coloured(splits: Mapping[str, Labelled]) -> list[tuple[str, Labelled, str]]:
-    return [(split, each, colour) for (split, each), colour in zip(splits.items(), COLOURS, strict=False)]
+def _whole_bins(counts: np.ndarray) -> np.ndarray:
+    """Give edges of at most 40 bins around whole numbers from 0 on."""
+    top = int(counts.max(initial=0))
+    step = -(-(top + 1) // 40)
+    return np.arange(0, top + step + 1, step) - 0.5
 
 
 def class_bars(axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
