@@ -1,5 +1,6 @@
 """Charts of a run, a dataset and an evaluation. Colours are Okabe and Ito's, which the colour-blind tell apart."""
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ def draw_curves(metrics_file: Path, path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss_axes, map_axes, lr_axes = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in rows]
-    for part, colour in zip(rows[0]["loss"], COLOURS, strict=False):
+    for part, colour in zip(rows[0]["loss"], itertools.cycle(COLOURS), strict=False):
         loss_axes.plot(epochs, [row["loss"][part] for row in rows], label=part, color=colour, marker=_marker(epochs))
     tested = [row for row in rows if "map50" in row]
     titles = (("map50", "mAP@.5"), ("map50_95", "mAP@.5:.95"), ("f1", "F1"))
