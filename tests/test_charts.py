@@ -65,6 +65,7 @@ CASES = {
     "nothing there": ([found(0, 0, (1, 1, 9, 9), 0.9)], truths([]), NAMES),
     "nothing at all": ([], truths([], []), NAMES),
     "one class": ([found(0, 0, (0, 0, 20, 20), 0.9)], truths([(0, 0, 0, 20, 20)]), ("_$a$",)),
+    "past the picture": ([found(0, 0, (500, 900, 1e12, 9), 0.9)], truths([(0, 190, 90, 40, 40)]), NAMES),
     "many classes": (PERFECT, TWO_IMAGES, MANY),
 }
 

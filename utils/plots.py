@@ -74,12 +74,13 @@ def draw_predictions(
         picture = resize_to_fit(read_picture(labelled.paths[index]), (PAIR_SIDE, PAIR_SIDE))
         h, w = picture.shape[:2]
         truths = labelled.labels[index]
-        boxes = box_convert(torch.from_numpy(truths[:, 1:]), "cxcywh", "xyxy").numpy() * (w, h, w, h)
+        boxes = box_convert(torch.from_numpy(truths[:, 1:]), "cxcywh", "xyxy").numpy().clip(0, 1) * (w, h, w, h)
         labels = truths[:, 0].astype(int).tolist()
         left = draw_boxes(picture, boxes, [names[label] for label in labels], labels)
         scale = np.array([w, h, w, h]) / np.tile(labelled.sizes[index][::-1], 2)
         boxes = np.array([result["bbox"] for result in found[index]], float).reshape(-1, 4) * scale
         boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, (w, h, w, h))  # those of Darknet's protocol lie anywhere
         labels = [result["category_id"] for result in found[index]]
         texts = [f"{names[result['category_id']]} {result['score']:.2f}" for result in found[index]]
         right = draw_boxes(picture, boxes, texts, labels)
