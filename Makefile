@@ -19,9 +19,9 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(RUN) -m utils.scenes --output data/demo
 	$(RUN) train.py --data data/demo/demo.data --cfg cfg/demo.cfg --img-size $(DEMO_SIZE) --epochs $(DEMO_EPOCHS) --name demo
-	$(RUN) test.py --weights runs/demo/last.pt
+	$(RUN) test.py --weights runs/demo/last.pt --noplots
 	$(RUN) detect.py --weights runs/demo/last.pt --source data/demo/images/valid --output runs/demo/pictures
-	@echo "Look at the pictures in runs/demo/pictures and at runs/demo/curves.png"
+	@echo "Look at the pictures in runs/demo/pictures and at the charts in runs/demo"
 
 # What every change must pass, in minutes.
 test: check

@@ -2,7 +2,7 @@
 
     python train.py --data data/visdrone.data --cfg cfg/yolov3-tiny.cfg --batch-size 16 --epochs 300
 
-Writes runs/<name>/ (log, metrics.jsonl, TensorBoard events, curves, the first batch, last.pt and best.pt, and both as
+Writes runs/<name>/ (log, metrics.jsonl, TensorBoard events, pictures, last.pt and best.pt, and both as
 Darknet .weights) and copies the checkpoints to weights/. On 2 cores with --precision bf16 YOLOv3-tiny sees about 30
 images a second at 320. `--recipe darknet` trains as the cfg's [net] and [yolo] sections say.
 """
@@ -22,7 +22,7 @@ from models.darknet import count_parameters
 from models.weights import checkpoint_cfg, describe, load_checkpoint
 from utils import cli, dist
 from utils.darknet_recipe import DarknetRecipe
-from utils.datasets import collate, make_loader
+from utils.datasets import make_loader
 from utils.device import autocast_type, seed_everything, select_device
 from utils.engine import (
     compile_model,
@@ -37,7 +37,6 @@ from utils.evaluate import Settings, evaluate
 from utils.lists import load_data
 from utils.log import log
 from utils.memory import largest_batch
-from utils.plots import draw_batch
 from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
 from utils.sparsity import shrink_gammas
@@ -84,8 +83,7 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
     pictures, batches = training_pictures(model, train_set, data.train, sizes, recipe, args)
-    if dist.is_first():
-        draw_batch(collate([pictures[key] for key in next(iter(batches))]), names, run.folder / "first_batch.jpg")
+    run.draw_inputs(pictures, batches, valid_set)
     loader = make_loader(pictures, batches, workers=args.workers)
     accumulate = batches_per_step(recipe, args.batch_size * dist.world_size(), args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
@@ -129,7 +127,7 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
         averaged = trainer.ema.module
         dist.copy_statistics(averaged)
         if is_end or not args.notest:
-            evaluation, _ = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
+            evaluation, results = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
             row |= evaluation.means()
             log.info(evaluation.table() if is_end else f"{title}: {evaluation.line()}")
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
@@ -140,6 +138,7 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
         run.draw_curves()
         if is_last:
             break
+    run.draw_results(evaluation, results, valid_set)
     run.close()
 
 

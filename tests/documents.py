@@ -11,11 +11,12 @@ import torchvision
 from conftest import Outcome
 
 from docs import draw_blocks
-from utils import backbone, compose, convert, lint
+from utils import backbone, check, compose, convert, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
 MODULES = {
     "utils.backbone": backbone,
+    "utils.check": check,
     "utils.convert": convert,
     "utils.lint": lint,
     "utils.compose": compose,

@@ -130,10 +130,29 @@ def test_test_writes_the_figures_it_prints(command, weights, scenes, tmp_path):
     assert figures["images"] == 4
     assert figures["ms_per_image"].keys() == {"preprocess", "forward", "nms"}
     assert json.loads((tmp_path / "d.json").read_text())
-    for task, rows in (("study", 5), ("benchmark", 15)):
-        outcome = command("test", *flags, "--task", task, "--json", tmp_path / "t.json")
-        assert outcome.status == 0, outcome.err
-        assert len(json.loads((tmp_path / "t.json").read_text())) == rows
+    pictures = {path.name for path in (tmp_path / "runs/test").iterdir()}
+    assert pictures == {"rates.png", "ap.png", "confusion.png", "predictions.jpg"}
+
+
+def test_study_and_benchmark(command, weights, scenes, tmp_path):
+    flags = ("--cfg", CFG, "--weights", weights, "--data", scenes, "--device", "cpu", "--workers", 0)
+    outcome = command("test", *flags, "--task", "study", "--output", "pictures", "--json", "t.json")
+    assert outcome.status == 0, outcome.err
+    assert [max(row["size"]) for row in json.loads((tmp_path / "t.json").read_text())] == [256, 320, 416, 512, 608]
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["study.png"]
+    more = ("--task", "benchmark", "--batch-size", 3, "--img-size", 64, "--json", "t.json")
+    outcome = command("test", *flags, *more)
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((tmp_path / "t.json").read_text())
+    forms = ["eager", "fused", "fused, channels_last"]
+    assert [(row["variant"], row["batch"]) for row in rows] == [(form, batch) for batch in (1, 3) for form in forms]
+    for row in rows:
+        assert 0 < row["forward_ms"] < row["path_ms"] == pytest.approx(1000 / row["images_per_s"])
+        eager = next(other for other in rows if other["batch"] == row["batch"])
+        assert row["speedup"] == pytest.approx(eager["forward_ms"] / row["forward_ms"])
+    assert not (tmp_path / "runs").exists()
+    outcome = command("test", *flags, "--task", "benchmark", "--output", "pictures")
+    assert (outcome.status, "none are drawn" in outcome.err) == (2, True)
 
 
 @pytest.mark.parametrize(

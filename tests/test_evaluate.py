@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +226,7 @@ def test_a_truth_that_reaches_past_the_picture_is_clipped_as_detections_are() ->
 
 def test_an_evaluation_is_plain_data_and_a_table() -> None:
     evaluation = judge(PERFECT[:3], TWO_IMAGES, NAMES, max_det=100, ms_per_image={"forward": 1.25})
-    data = json.loads(json.dumps(asdict(evaluation)))
+    data = json.loads(json.dumps(evaluation.figures()))
     assert data["per_class"]["owl"] == {"ap50": 0, "ap": 0, "precision": 0, "recall": 0, "f1": 0, "truths": 2}
     assert data["map50"] == pytest.approx(2 / 3)
     assert data["ms_per_image"] == {"forward": 1.25}

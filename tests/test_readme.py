@@ -80,6 +80,7 @@ def test_python_commands_run(command, tmp_path):
     assert list((tmp_path / "output").glob("*.jpg"))
     assert list((tmp_path / "found").glob("*.txt"))
     assert (tmp_path / "found/detections.json").exists()
+    assert (tmp_path / "judged/rates.png").exists()
 
 
 def test_python_code_runs(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import load_cfg, load_model
 from models.weights import load_checkpoint, save_checkpoint
@@ -48,14 +49,23 @@ def test_a_run_leaves_everything_it_promises(command, scenes, tmp_path):
         "train.log",
         "settings.json",
         "curves.png",
+        "labels.png",
         "first_batch.jpg",
+        "second_batch.jpg",
+        "third_batch.jpg",
+        "rates.png",
+        "ap.png",
+        "confusion.png",
+        "predictions.jpg",
         "last.pt",
         "best.pt",
         "last.weights",
         "best.weights",
     ):
         assert (run / name).stat().st_size > 0, name
-    assert list(run.glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(run)).Reload().Tags()
+    assert {"loss/box", "lr", "map50"} <= set(events["scalars"])
+    assert set(events["images"]) == {path.stem for path in [*run.glob("*.png"), *run.glob("*.jpg")]}
     assert (tmp_path / "weights/last.pt").read_bytes() == (run / "last.pt").read_bytes()
     checkpoint = load_checkpoint(run / "last.pt")
     assert checkpoint["names"] == ["balloon", "sailboat", "fish", "butterfly"]

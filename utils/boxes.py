@@ -19,12 +19,13 @@ class Fit:
     scale: tuple[float, float]
     offset: tuple[int, int]
 
-    def to_picture(self, boxes: Tensor) -> Tensor:
-        """Move xyxy_px boxes [N, 4] of the network input into the picture and clip them to it."""
+    def to_picture(self, boxes: Tensor, *, is_clipped: bool = True) -> Tensor:
+        """Move xyxy_px boxes [N, 4] of the network input into the picture and, where asked, clip them to it."""
         (h, w), (sy, sx), (top, left) = self.shape, self.scale, self.offset
         shift = boxes.new_tensor([left, top, left, top])
         factor = boxes.new_tensor([sx, sy, sx, sy])
-        return ((boxes - shift) / factor).clamp_min(0).minimum(boxes.new_tensor([w, h, w, h]))
+        moved = (boxes - shift) / factor
+        return moved.clamp_min(0).minimum(boxes.new_tensor([w, h, w, h])) if is_clipped else moved
 
     def to_input(self, boxes: np.ndarray) -> np.ndarray:
         """Move xyxy_px boxes [N, 4] of the picture into the network input."""

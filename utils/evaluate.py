@@ -1,4 +1,4 @@
-"""Mean average precision by pycocotools, and precision, recall and F1 where the mean F1 is best."""
+"""Detect on every image, and judge: by pycocotools, or by the protocol of Pascal VOC or Darknet."""
 
 import contextlib
 import io
@@ -22,8 +22,9 @@ from .ignored import Judge, drop_covered, ignored_truths
 from .labels import Labelled
 from .log import DataError
 from .predict import predict
-
-CONFIDENCES = np.linspace(0, 1, 1001)  # where precision and recall are read
+from .protocols import COCO as COCO_PROTOCOL
+from .protocols import Protocol, rank
+from .scores import Evaluation, Ranked, summarise
 
 
 @dataclass(frozen=True)
@@ -40,53 +41,7 @@ class Settings:
     is_stretched: bool = False
     is_augmented: bool = False
     is_single_class: bool = False
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """One class: average precision at IoU .5 and over .5:.95, precision, recall, F1, and its number of truths."""
-
-    ap50: float
-    ap: float
-    precision: float
-    recall: float
-    f1: float
-    truths: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All fractions 0..1; precision, recall and F1 at IoU .5 and `confidence`, where their mean F1 is best."""
-
-    map50: float
-    map50_95: float
-    precision: float
-    recall: float
-    f1: float
-    confidence: float
-    per_class: dict[str, ClassScore]
-    images: int
-    ms_per_image: dict[str, float]
-
-    def means(self) -> dict[str, float]:
-        """Give the means over the classes."""
-        return {key: getattr(self, key) for key in ("map50", "map50_95", "precision", "recall", "f1")}
-
-    def line(self) -> str:
-        """Give the means as one line."""
-        return ", ".join(f"{key} {value:.3f}" for key, value in self.means().items())
-
-    def table(self) -> str:
-        """Lay the figures out as a table, the mean of all classes first."""
-        rows = [f"{'class':<20}{'truths':>8}{'P':>8}{'R':>8}{'F1':>8}{'AP@.5':>8}{'AP@.5:.95':>11}"]
-        truths = sum(score.truths for score in self.per_class.values())
-        mean = ClassScore(self.map50, self.map50_95, self.precision, self.recall, self.f1, truths)
-        for name, score in [("all", mean), *self.per_class.items()]:
-            rates = "".join(f"{rate:8.3f}" for rate in (score.precision, score.recall, score.f1, score.ap50))
-            rows.append(f"{name[:19]:<20}{score.truths:8}{rates}{score.ap:11.3f}")
-        times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in self.ms_per_image.items())
-        rows.append(f"{self.images} images; a picture takes {times}; P, R and F1 at confidence {self.confidence:.3f}")
-        return "\n".join(rows)
+    protocol: Protocol = COCO_PROTOCOL
 
 
 def evaluate(
@@ -102,7 +57,11 @@ def evaluate(
     results, clock = detect_all(model, labelled, settings, device=device, dtype=dtype)
     ms = {stage: 1000 * dist.world_size() * seconds / len(labelled.paths) for stage, seconds in clock.items()}
     results = dist.gather(results)
-    return dist.from_first(lambda: judge(results, labelled, names, max_det=settings.max_det, ms_per_image=ms)), results
+
+    def judge_all() -> Evaluation:
+        return judge(results, labelled, names, max_det=settings.max_det, ms_per_image=ms, protocol=settings.protocol)
+
+    return dist.from_first(judge_all), results
 
 
 @torch.inference_mode()
@@ -146,7 +105,7 @@ def detect_all(
                 max_det=settings.max_det,
                 diou_beta=model.diou_beta,
             )
-            corners = fit.to_picture(found[:, :4])
+            corners = fit.to_picture(found[:, :4], is_clipped=settings.protocol.is_clipped)
             corners[:, 2:] -= corners[:, :2]
             results += [
                 {"image_id": index, "category_id": int(label), "bbox": box, "score": score}
@@ -163,12 +122,26 @@ def judge(
     *,
     max_det: int,
     ms_per_image: dict[str, float] | None = None,
+    protocol: Protocol = COCO_PROTOCOL,
 ) -> Evaluation:
-    """Judge COCO results against the labels with pycocotools. Classes without truths do not count in the means.
+    """Judge COCO results against the labels, with pycocotools unless another `protocol` is given.
 
-    What the pictures' ignore files name counts neither way (utils/ignored.py).
+    What the pictures' ignore files name counts neither way (utils/ignored.py). Classes without truths do not count in
+    the means, but in those of Darknet's protocol.
     """
     results, labelled = drop_covered(results, labelled)
+    if protocol.name == "coco":
+        ranked, ap = _judge_coco(results, labelled, names, max_det)
+    else:
+        ranked, ap = rank(results, labelled, len(names), protocol)
+    images, ms = len(labelled.paths), ms_per_image or {}
+    return summarise(ranked, ap, names, images=images, ms_per_image=ms, confidence=protocol.confidence)
+
+
+def _judge_coco(
+    results: list[dict[str, Any]], labelled: Labelled, names: tuple[str, ...], max_det: int
+) -> tuple[list[Ranked], np.ndarray]:
+    """Give what every class found at IoU .5 and its average precision [10 IoUs, classes], by pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
         truth.dataset = _coco_truth(labelled, names)
@@ -180,24 +153,10 @@ def judge(
         judged.params.catIds = list(range(len(names)))
         judged.evaluate()
         judged.accumulate()
-    precision = judged.eval["precision"][:, :, :, 0, -1]  # [10 IoUs, 101 recalls, classes]
+    precision = judged.eval["precision"][:, :, :, 0, -1]  # [10 IoUs, 101 recalls, classes], -1 without truths
     truths = np.bincount(np.concatenate([rows[:, 0] for rows in labelled.labels]).astype(int), minlength=len(names))
-    counted = truths > 0
-    curves = [_precision_recall(judged, index, int(count)) for index, count in enumerate(truths)]
-    P, R = np.stack([curve[0] for curve in curves]), np.stack([curve[1] for curve in curves])  # [classes, 1001]
-    F1 = 2 * P * R / np.maximum(P + R, 1e-16)
-    best = int(F1[counted].mean(0).argmax()) if counted.any() else 0
-    ap50, ap = precision[0].mean(0), precision.mean((0, 1))
-    per_class = {
-        name: ClassScore(
-            *(float(max(value, 0)) for value in (ap50[i], ap[i], P[i, best], R[i, best], F1[i, best])), int(truths[i])
-        )
-        for i, name in enumerate(names)
-    }
-    means = [float(values[counted].mean()) if counted.any() else 0.0 for values in (ap50, ap, P[:, best], R[:, best])]
-    mean_f1 = float(F1[counted, best].mean()) if counted.any() else 0.0
-    confidence = float(CONFIDENCES[best])
-    return Evaluation(*means, mean_f1, confidence, per_class, len(labelled.paths), ms_per_image or {})
+    ranked = [_matched(judged, index, int(count)) for index, count in enumerate(truths)]
+    return ranked, precision.mean(1).clip(0)
 
 
 def _coco_truth(labelled: Labelled, names: tuple[str, ...]) -> dict[str, Any]:
@@ -227,20 +186,17 @@ def _coco_truth(labelled: Labelled, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _precision_recall(judged: COCOeval, category: int, truths: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give precision and recall at IoU .5 over CONFIDENCES, from pycocotools' own matches."""
+def _matched(judged: COCOeval, category: int, truths: int) -> Ranked:
+    """Give the detections of a class at IoU .5, from pycocotools' own matches."""
     images = len(judged.params.imgIds)
     start = category * len(judged.params.areaRng) * images
     matched = [found for found in judged.evalImgs[start : start + images] if found]
-    if not matched or not truths:
-        return np.zeros_like(CONFIDENCES), np.zeros_like(CONFIDENCES)
+    if not matched:
+        return Ranked(np.zeros(0), np.zeros(0, bool), truths)
     is_counted = np.concatenate([~found["dtIgnore"][0].astype(bool) for found in matched])
     scores = np.concatenate([found["dtScores"] for found in matched])[is_counted]
     is_true = np.concatenate([found["dtMatches"][0] > 0 for found in matched])[is_counted]
-    order = np.argsort(-scores, kind="mergesort")
-    hits = np.concatenate(([0], np.cumsum(is_true[order])))
-    count = np.searchsorted(-scores[order], -CONFIDENCES, side="right")  # detections at or above each confidence
-    return hits[count] / np.maximum(count, 1), hits[count] / truths
+    return Ranked(scores, is_true, truths)
 
 
 def _lap(clock: dict[str, float], stage: str, start: float, device: torch.device) -> float:

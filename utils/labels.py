@@ -106,7 +106,7 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row, problem = _check_words(line.split(), classes)
+        row, problem = check_words(line.split(), classes)
         if problem:
             mistakes.append(f"{path}:{number}: {problem}")
         else:
@@ -119,7 +119,7 @@ def _check_ignore_file(path: Path | None, classes: int, mistakes: list[str]) -> 
     if path and path.is_file():
         for number, line in enumerate(read_lines(path), start=1):
             *words, kind = line.split() or [""]
-            row, problem = _check_words(words, classes, lowest=-1)
+            row, problem = check_words(words, classes, lowest=-1)
             if kind not in IGNORED_KINDS:
                 problem = f"expected class x y w h and one of {', '.join(IGNORED_KINDS)}, gets {line!r}"
             if problem:
@@ -129,7 +129,8 @@ def _check_ignore_file(path: Path | None, classes: int, mistakes: list[str]) -> 
     return np.array(rows, np.float64).reshape(-1, 6)
 
 
-def _check_words(words: Sequence[str], classes: int, *, lowest: int = 0) -> tuple[list[float], str]:
+def check_words(words: Sequence[str], classes: int, *, lowest: int = 0) -> tuple[list[float], str]:
+    """Read `class x y w h`: its numbers, and what is wrong with them."""
     try:
         row = [float(word) for word in words]
     except ValueError:

@@ -1,22 +1,28 @@
-"""Pictures for people: boxes with legible labels, training batches, and the curves of a run."""
+"""Pictures for people: boxes with legible labels, training batches, and predictions beside truths."""
 
 import colorsys
-import json
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_convert
 
+from .augment import resize_to_fit
 from .datasets import Batch
-from .pictures import save_picture
+from .labels import Labelled
+from .pictures import read_picture, save_picture
 
 GOLDEN = 0.618034  # steps of the golden ratio around the colour circle keep neighbouring classes apart
-MAX_TILES = 16  # pictures in a drawn batch
+MAX_TILES, MIN_TILE = 16, 320  # pictures in a drawn batch, and the least pixels of their longer side
+MAX_PAIRS, PAIR_SIDE = 8, 480  # pictures with predictions, and the pixels of one
 
 
 def draw_boxes(picture: np.ndarray, boxes: np.ndarray, labels: Sequence[str], classes: Sequence[int]) -> np.ndarray:
@@ -43,45 +49,69 @@ def draw_batch(batch: Batch, names: Sequence[str], path: Path) -> None:
     for place in range(min(len(batch.pictures), MAX_TILES)):
         picture = batch.pictures[place].numpy().transpose(1, 2, 0)  # [H, W, channels]
         picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+        if max(picture.shape) < MIN_TILE:  # so that labels do not cover all
+            picture = resize_to_fit(picture, (MIN_TILE, MIN_TILE))
         h, w = picture.shape[:2]
         targets = batch.targets[batch.targets[:, 0] == place].numpy()
         centre, half = targets[:, 2:4], targets[:, 4:6] / 2
         boxes = np.hstack((centre - half, centre + half)) * (w, h, w, h)
         classes = targets[:, 1].astype(int)
         tiles.append(draw_boxes(picture, boxes, [names[label] for label in classes], classes.tolist()))
-    columns = int(np.ceil(np.sqrt(len(tiles))))
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
-    save_picture(path, np.vstack(rows))
+    save_picture(path, _grid(tiles, columns=math.ceil(math.sqrt(len(tiles)))))
 
 
-def draw_curves(metrics_file: Path, path: Path) -> None:
-    """Draw loss, mAP and learning rate of a run from its metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss_axes, map_axes, lr_axes = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in rows]
-    for part in rows[0]["loss"]:
-        loss_axes.plot(epochs, [row["loss"][part] for row in rows], label=part)
-    tested = [row for row in rows if "map50" in row]
-    for key, title in (("map50", "mAP@.5"), ("map50_95", "mAP@.5:.95"), ("f1", "F1")):
-        values = [row[key] for row in tested]
-        label = f"{title} (last {values[-1]:.3f})" if values else title
-        map_axes.plot([row["epoch"] for row in tested], values, marker=".", label=label)
-    lr_axes.plot(epochs, [row["lr"] for row in rows], label="at the end of the epoch")
-    for axes, title in ((loss_axes, "training loss"), (map_axes, "validation"), (lr_axes, "learning rate")):
-        axes.set(title=title, xlabel="epoch")
-        axes.set_xlim(0, epochs[-1] + 1)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    map_axes.set_ylim(0, 1)
-    figure.savefig(path, dpi=100)
+def draw_predictions(
+    results: list[dict[str, Any]], labelled: Labelled, names: Sequence[str], path: Path, *, confidence: float
+) -> None:
+    """Draw pictures from all over a list, truths on the left and COCO results of at least `confidence` on the right."""
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        if result["score"] >= confidence:
+            found[result["image_id"]].append(result)
+    count = len(labelled.paths)
+    pairs = []
+    for index in range(0, count, -(-count // MAX_PAIRS)):
+        picture = resize_to_fit(read_picture(labelled.paths[index]), (PAIR_SIDE, PAIR_SIDE))
+        h, w = picture.shape[:2]
+        truths = labelled.labels[index]
+        boxes = box_convert(torch.from_numpy(truths[:, 1:]), "cxcywh", "xyxy").numpy().clip(0, 1) * (w, h, w, h)
+        labels = truths[:, 0].astype(int).tolist()
+        left = draw_boxes(picture, boxes, [names[label] for label in labels], labels)
+        scale = np.array([w, h, w, h]) / np.tile(labelled.sizes[index][::-1], 2)
+        boxes = np.array([result["bbox"] for result in found[index]], float).reshape(-1, 4) * scale
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, (w, h, w, h))  # those of Darknet's protocol lie anywhere
+        labels = [result["category_id"] for result in found[index]]
+        texts = [f"{names[result['category_id']]} {result['score']:.2f}" for result in found[index]]
+        right = draw_boxes(picture, boxes, texts, labels)
+        titled = [_titled(left, "truth"), _titled(right, f"found, confidence {confidence:.2f} and more")]
+        pairs.append(np.hstack(titled))
+    save_picture(path, _grid(pairs, columns=2 if len(pairs) > 1 else 1))
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
     """Give the RGB colour of a class."""
     red, green, blue = colorsys.hsv_to_rgb(0.02 + label * GOLDEN % 1, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _grid(tiles: list[np.ndarray], *, columns: int) -> np.ndarray:
+    """Lay pictures of any sizes out in rows, in cells of the largest."""
+    h, w = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    sheet = np.zeros((-(-len(tiles) // columns) * h, columns * w, 3), np.uint8)
+    for place, tile in enumerate(tiles):
+        top, left = place // columns * h, place % columns * w
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return sheet
+
+
+def _titled(picture: np.ndarray, title: str) -> np.ndarray:
+    """Put a picture under a line of text, both PAIR_SIDE wide."""
+    tag = _tag(title, 14, (40, 40, 40))
+    framed = np.zeros((tag.shape[0] + picture.shape[0], PAIR_SIDE, 3), np.uint8)
+    framed[: tag.shape[0], : min(tag.shape[1], PAIR_SIDE)] = tag[:, :PAIR_SIDE]
+    framed[tag.shape[0] :, : picture.shape[1]] = picture
+    return framed
 
 
 @lru_cache(maxsize=4096)

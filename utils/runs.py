@@ -16,12 +16,19 @@ from models import Darknet, dump, save_weights
 from models.weights import load_checkpoint, save_checkpoint, write_atomically
 
 from . import dist
+from .album import draw_evaluation
+from .charts import draw_curves, draw_labels
+from .datasets import Pictures, TrainingBatches, collate
 from .engine import Trainer
+from .labels import Labelled
 from .log import DataError, log, start_logging
-from .plots import draw_curves
+from .pictures import read_picture
+from .plots import draw_batch
 from .schedule import AnyRecipe
+from .scores import Evaluation
 
 RUNS, WEIGHTS = Path("runs"), Path("weights")
+FIRST_BATCHES = ("first_batch.jpg", "second_batch.jpg", "third_batch.jpg")
 
 
 class Run:
@@ -105,16 +112,34 @@ class Run:
         log.info("no better mAP since epoch %d: the training ends (--patience %d)", self.best_epoch, patience)
         return True
 
+    def draw_inputs(self, pictures: Pictures, batches: TrainingBatches, valid: Labelled) -> None:
+        """Draw the statistics of the labels, and the first batches with their boxes."""
+        if not dist.is_first():
+            return
+        names = self.description["names"]
+        draw_labels({"train": pictures.labelled, "valid": valid}, names, self.folder / "labels.png")
+        for file, keys in zip(FIRST_BATCHES, batches, strict=False):
+            draw_batch(collate([pictures[key] for key in keys]), names, self.folder / file)
+
     def draw_curves(self) -> None:
         """Draw loss, mAP and learning rate up to now into curves.png."""
         if dist.is_first():
             with _naming(self.folder / "curves.png"):
                 draw_curves(self.metrics_file, self.folder / "curves.png")
 
-    def close(self) -> None:
-        """Finish the event file."""
+    def draw_results(self, evaluation: Evaluation, results: list[dict[str, Any]], valid: Labelled) -> None:
+        """Draw the pictures of the last evaluation."""
         if dist.is_first():
-            self.events.close()
+            draw_evaluation(self.folder, evaluation, results, valid, tuple(self.description["names"]))
+
+    def close(self) -> None:
+        """Show the run's pictures in TensorBoard too and finish the event file."""
+        if not dist.is_first():
+            return
+        epoch = json.loads(self.metrics_file.read_text(encoding="utf-8").splitlines()[-1])["epoch"]
+        for path in sorted([*self.folder.glob("*.png"), *self.folder.glob("*.jpg")]):
+            self.events.add_image(path.stem, read_picture(str(path)), epoch, dataformats="HWC")
+        self.events.close()
 
     def _write(self, name: str, averaged: Darknet, checkpoint: Mapping[str, Any]) -> None:
         path = self.folder / f"{name}.pt"
