@@ -114,7 +114,7 @@ def test_alone_nothing_is_exchanged():
 
 def torchrun(folder: Path, *flags: object) -> subprocess.CompletedProcess:
     """Run train.py in two processes on the CPU."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     basic = ["--cfg", CFG, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--name", "run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, ROOT / "train.py", *basic, *flags]

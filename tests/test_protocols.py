@@ -180,3 +180,13 @@ def test_the_command_takes_a_protocol_with_its_thresholds(command, scenes: Path,
     outcome = command("test", *model, "--points", 11)
     assert outcome.status == 2
     assert "--points needs --protocol darknet" in outcome.err
+
+
+def test_a_detection_of_a_difficult_object_counts_neither_way() -> None:
+    labelled = truths([(0, 10, 10, 20, 20)], size=(100, 100))
+    difficult = np.array([[0, 0.7, 0.7, 0.2, 0.2, 1]])  # 60..80 on both axes
+    results = [found(0, 0, (60, 60, 20, 20), 0.9), found(0, 0, (10, 10, 20, 20), 0.8), found(0, 0, (40, 5, 9, 9), 0.7)]
+    ranked, average_precision = rank(results, replace(labelled, ignored=[difficult]), 1, VOC)
+    assert (ranked[0].truths, ranked[0].scores.tolist()) == (1, [0.8, 0.7])
+    assert average_precision[0, 0] == 1
+    assert rank(results, labelled, 1, VOC)[1][0, 0] == 0.5

@@ -201,7 +201,9 @@ def test_patience_ends_a_training_that_gets_no_better(command, scenes, tmp_path)
     assert "trainer" not in load_checkpoint(tmp_path / "runs/run/last.pt")
 
 
-def test_a_compiled_network_trains_as_the_plain_one(command, scenes, tmp_path):
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_the_plain_one(command, scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiler"))  # a kill may leave half a library in it
     small = ("--epochs", 1, "--lr", 1e-4)  # larger steps magnify rounding further
     command("train", *flags(scenes, *small))
     outcome = command("train", *flags(scenes, *small, "--compile", "--name", "compiled"))

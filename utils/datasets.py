@@ -230,7 +230,7 @@ def collate(items: Sequence[Item]) -> Batch:
         for place, item in enumerate(items)
     ]
     pictures = torch.stack([item.picture for item in items])
-    problem = "\n".join(item.problem for item in items if item.problem)
+    problem = "\n".join(dict.fromkeys(item.problem for item in items if item.problem))  # mosaics share pictures
     return Batch(pictures, torch.cat(targets), [item.index for item in items], [item.fit for item in items], problem)
 
 
