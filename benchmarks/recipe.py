@@ -43,6 +43,7 @@ CHANGES: dict[str, str] = {
     "EMA decay 0.9998": "ema_decay=0.9998",
     "warm-up of 1 epoch": "warmup_epochs=1",
     "multi-scale": "--multi-scale",
+    "fp32": "--precision fp32",
 }
 
 
@@ -89,7 +90,7 @@ def _flags(change: str, seed: int) -> list[str]:
     """Give the flags of train.py for a change and a seed."""
     flags = ["--seed", str(seed)]
     if change.startswith("--"):
-        return [*flags, change]
+        return [*flags, *change.split()]
     if not change:
         return flags
     file = WORK / f"{change.replace('=', '-')}.hyp"
