@@ -10,8 +10,9 @@ images a second at 320. `--recipe darknet` trains as the cfg's [net] and [yolo] 
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from models.darknet import count_parameters
 from models.weights import checkpoint_cfg, describe, load_checkpoint
 from utils import cli, dist
 from utils.darknet_recipe import DarknetRecipe
-from utils.datasets import make_loader
+from utils.datasets import TrainingBatches, make_loader
 from utils.device import autocast_type, seed_everything, select_device
 from utils.engine import (
+    Trainer,
     compile_model,
     distribute,
     make_freeze,
@@ -33,15 +35,17 @@ from utils.engine import (
     synchronise_statistics,
     train_one_epoch,
 )
-from utils.evaluate import Settings, evaluate
+from utils.evaluate import Evaluation, Settings, evaluate
 from utils.lists import load_data
 from utils.log import log
 from utils.memory import largest_batch
 from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
 from utils.sparsity import shrink_gammas
-from utils.train_flags import BATCH_SIZE, make_recipe, parse_args, restore_args
-from utils.training_data import read_images, settle_epochs, training_pictures, training_sizes
+from utils.train_flags import make_recipe, parse_args, restore_args
+from utils.training_data import read_images, settle_lengths, training_pictures, training_sizes
+
+Judgement = tuple[Evaluation, list[dict[str, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,12 +72,10 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
     sizes, test_size = training_sizes(model, args, recipe)
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
     train_set, valid_set = read_images(data, is_single=args.single_cls)
-    is_darknet = isinstance(recipe, DarknetRecipe)
     model = model.to(device=device, memory_format=torch.channels_last)
     if args.batch_size == "auto":
         args.batch_size = min(len(train_set.paths), largest_batch(model, recipe, sizes[-1], device, dtype))
-    args.batch_size = args.batch_size or (recipe.mini_batch if is_darknet else BATCH_SIZE)
-    args.epochs = settle_epochs(args, recipe, len(train_set.paths))
+    args.batch_size, args.epochs = settle_lengths(args, recipe, len(train_set.paths))
     model = synchronise_statistics(model, device) if args.sync_bn else model
 
     name = args.name or Path(args.cfg).stem
@@ -95,51 +97,66 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
         max_det=data.max_det,
         batch_size=args.batch_size,
         workers=args.workers,
-        is_stretched=is_darknet and not recipe.distortion.keeps_shape,
+        is_stretched=isinstance(recipe, DarknetRecipe) and not recipe.distortion.keeps_shape,
     )
     freeze = make_freeze(model, args.freeze)
     freeze(trainer.scheduler.last_epoch)
     network = distribute(model, device)
     if args.compile:
         compile_model(model, device)
-    step_loss = make_step_loss(network, model, recipe, device, dtype)
-    after_backward = (lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None
+    train_epoch = partial(
+        train_one_epoch,
+        trainer,
+        loader,
+        make_step_loss(network, model, recipe, device, dtype),
+        device=device,
+        accumulate=accumulate,
+        hold_back=getattr(network, "no_sync", nullcontext),
+        freeze=freeze,
+        after_backward=(lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None,
+    )
+    judge = partial(evaluate, labelled=valid_set, names=names, settings=settings, device=device, dtype=dtype)
+    evaluation, results = run_epochs(args, run, trainer, batches, train_epoch, judge, first=resumed.get("epoch", 0))
+    run.draw_results(evaluation, results, valid_set)
+    run.close()
 
-    if not resumed and not args.nosave:  # so that a run that dies in its first epoch can be resumed too
-        run.save(trainer.ema.module, trainer, epoch=0, seen=0, is_best=False)
-    for epoch in range(resumed.get("epoch", 0), args.epochs):
+
+def run_epochs(
+    args: argparse.Namespace,
+    run: Run,
+    trainer: Trainer,
+    batches: TrainingBatches,
+    train_epoch: Callable[..., dict[str, float]],
+    judge: Callable[[Darknet], Judgement],
+    *,
+    first: int,
+) -> Judgement:
+    """Train, test and save epoch by epoch from `first` on, and give the last judgement."""
+    averaged, images = trainer.ema.module, len(batches.shapes)
+    if first == 0 and not args.nosave:  # so that a run that dies in its first epoch can be resumed too
+        run.save(averaged, trainer, epoch=0, seen=0, is_best=False)
+    for epoch in range(first, args.epochs):
         start, is_end = time.time(), epoch + 1 == args.epochs
         seed_everything(args.seed, epoch)
         batches.epoch = epoch
         title = f"epoch {epoch + 1}/{args.epochs}"
-        losses = train_one_epoch(
-            trainer,
-            loader,
-            step_loss,
-            device=device,
-            accumulate=accumulate,
-            title=title,
-            hold_back=getattr(network, "no_sync", nullcontext),
-            freeze=freeze,
-            after_backward=after_backward,
-        )
+        losses = train_epoch(title=title)
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
-        averaged = trainer.ema.module
         dist.copy_statistics(averaged)
         if is_end or not args.notest:
-            evaluation, results = evaluate(averaged, valid_set, names, settings, device=device, dtype=dtype)
+            evaluation, results = judge(averaged)
             row |= evaluation.means()
             log.info(evaluation.table() if is_end else f"{title}: {evaluation.line()}")
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
         is_last = is_end or run.has_settled(epoch + 1, args.patience)
         if is_last or not args.nosave:
-            seen = (epoch + 1) * len(pictures)
-            run.save(averaged, None if is_last else trainer, epoch=epoch + 1, seen=seen, is_best=is_best)
+            run.save(
+                averaged, None if is_last else trainer, epoch=epoch + 1, seen=(epoch + 1) * images, is_best=is_best
+            )
         run.draw_curves()
         if is_last:
             break
-    run.draw_results(evaluation, results, valid_set)
-    run.close()
+    return evaluation, results
 
 
 if __name__ == "__main__":

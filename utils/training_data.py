@@ -13,7 +13,7 @@ from .labels import Labelled, check_labels, merge_classes
 from .lists import DataSpec
 from .log import DataError, log
 from .schedule import AnyRecipe, batches_per_step
-from .train_flags import EPOCHS
+from .train_flags import BATCH_SIZE, EPOCHS
 
 
 def read_images(data: DataSpec, *, is_single: bool) -> list[Labelled]:
@@ -85,14 +85,17 @@ def training_pictures(
     return pictures, batches
 
 
-def settle_epochs(args: argparse.Namespace, recipe: AnyRecipe, images: int) -> int:
-    """Give the epochs to train: --epochs, else 300, or as many as Darknet's `max_batches` iterations take.
+def settle_lengths(args: argparse.Namespace, recipe: AnyRecipe, images: int) -> tuple[int, int]:
+    """Give the images a batch and the epochs to train.
+
+    Where flags do not say so, 16 and 300, or the cfg's own batches and as many as `max_batches` iterations take.
 
     Raises DataError where neither is given.
     """
     if not isinstance(recipe, DarknetRecipe):
-        return args.epochs or EPOCHS
-    together = args.batch_size * dist.world_size()
+        return args.batch_size or BATCH_SIZE, args.epochs or EPOCHS
+    batch_size = args.batch_size or recipe.mini_batch
+    together = batch_size * dist.world_size()
     accumulate = batches_per_step(recipe, together, 0)
     steps = math.ceil(math.ceil(images / together) / accumulate)
     if not (args.epochs or recipe.max_batches):
@@ -104,4 +107,4 @@ def settle_epochs(args: argparse.Namespace, recipe: AnyRecipe, images: int) -> i
     )
     if not recipe.distortion.keeps_shape:
         log.info("pictures are stretched as Darknet does: give test.py and detect.py --stretch (or set letter_box=1)")
-    return epochs
+    return batch_size, epochs
