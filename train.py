@@ -149,6 +149,8 @@ def run_epochs(
             log.info(evaluation.table() if is_end else f"{title}: {evaluation.line()}")
         is_best = run.add_metrics(row | {"seconds": time.time() - start})
         is_last = is_end or run.has_settled(epoch + 1, args.patience)
+        if is_last and not is_end:
+            log.info(evaluation.table())
         if is_last or not args.nosave:
             run.save(
                 averaged, None if is_last else trainer, epoch=epoch + 1, seen=(epoch + 1) * images, is_best=is_best

@@ -30,6 +30,7 @@ CHANGES: dict[str, str] = {
     "learning rate 0.01": "lr=0.01",
     "AdamW": "--adam",
     "box gain 8": "box_gain=8",
+    "class gain 8": "class_gain=8",
     "mosaic closed for the last 15 %": "close_mosaic=0.15",
     "no mosaic": "mosaic=0",
     "objectness target 1": "objectness_target=one",
@@ -57,13 +58,23 @@ def main() -> None:
     data = write_bccd(Path("runs/bccd"))
     cfgs = {protocol: write_cfg(LIGHT, protocol, data) for protocol in ("short", "full")}
     tasks = {
-        f"full-{seed}": partial(run_protocol, f"recipe/full-{seed}", "full", cfgs["full"], data, flags=_flags("", seed))
+        f"full-{seed}": partial(
+            run_protocol, f"recipe/full-{seed}", "full", cfgs["full"], data, flags=["--seed", str(seed)]
+        )
         for seed in FULL_SEEDS
     }
     for place, change in enumerate(changes.values()):
         for seed in SEEDS:
-            name, flags = f"recipe/{place}-{seed}", _flags(change, seed)
-            tasks[f"{place}-{seed}"] = partial(run_protocol, name, "short", cfgs["short"], data, flags=flags)
+            is_flag = change.startswith("--")
+            tasks[f"{place}-{seed}"] = partial(
+                run_protocol,
+                f"recipe/{place}-{seed}",
+                "short",
+                cfgs["short"],
+                data,
+                hyp="" if is_flag else change,
+                flags=["--seed", str(seed), *(change.split() if is_flag else ())],
+            )
     scores = run_all(tasks)
     rows: list[dict[str, Any]] = [
         {"change": name, "flag": change} | _means([scores[f"{place}-{seed}"] for seed in SEEDS])
@@ -84,18 +95,6 @@ def main() -> None:
         f" {summary['map50_95']:.3f} ({each})."
     )
     write_report("recipe", "The training recipe, part by part", text, COMMAND, rows, summary)
-
-
-def _flags(change: str, seed: int) -> list[str]:
-    """Give the flags of train.py for a change and a seed."""
-    flags = ["--seed", str(seed)]
-    if change.startswith("--"):
-        return [*flags, *change.split()]
-    if not change:
-        return flags
-    file = WORK / f"{change.replace('=', '-')}.hyp"
-    file.write_text(change + "\n")
-    return [*flags, "--hyp", str(file)]
 
 
 def _means(scores: list[dict[str, Any]]) -> dict[str, float]:

@@ -59,8 +59,7 @@ spent in its affine and its colour.
 Step: GhostNet-YOLOv3 at 416, batch 8, 20 boxes a picture. Darkslim's is `train_one_epoch` as train.py runs it with
 `--precision bf16` (channels_last, autocast) or `fp32`: loss, clipped gradient, SGD, schedule, moving average and the
 sums of the log. The plain loop has the same network, loss and optimizer in float32 and NCHW, and neither clipping nor
-schedule nor average. The ratio is not settled: with other programs on both cores (load about 10) a trial of 2 rounds
-gave 1.74 and the run of 3 rounds that is recorded here 1.05.
+schedule nor average.
 
 Epoch: slim-m at 320, batch 16, bfloat16 where the processor has it, 96 pictures, 2 workers, which share the cores with
 the step."""

@@ -120,5 +120,5 @@ def _read_pairs(section: Section) -> list[tuple[float, float]]:
     elif len(values) % 2:
         section.fail(f"'anchors' expects pairs of width and height, gets {len(values)} numbers", "anchors")
     if any(not 0 < value < 1e6 for value in values):
-        section.fail("'anchors' expects sizes above 0", "anchors")
+        section.fail("'anchors' expects sizes above 0 and below 1000000", "anchors")
     return list(zip(values[::2], values[1::2], strict=False))

@@ -5,6 +5,7 @@ from typing import Any
 
 from .charts import draw_ap, draw_confusion, draw_rates
 from .confusion import IOU, confuse
+from .ignored import drop_covered
 from .labels import Labelled
 from .plots import draw_predictions
 from .scores import Evaluation
@@ -18,7 +19,7 @@ def draw_evaluation(
     confidence = evaluation.confidence
     draw_rates(evaluation, folder / "rates.png")
     draw_ap(evaluation, folder / "ap.png")
-    matrix = confuse(results, labelled, len(names), confidence=confidence)
+    matrix = confuse(*drop_covered(results, labelled), len(names), confidence=confidence)
     title = f"boxes at confidence ≥ {confidence:.3f}, paired at IoU ≥ {IOU}"
     draw_confusion(matrix, names, folder / "confusion.png", title=title)
     draw_predictions(results, labelled, names, folder / "predictions.jpg", confidence=confidence)

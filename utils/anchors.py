@@ -56,6 +56,15 @@ def anchor_fit(sizes: np.ndarray, anchors: np.ndarray, *, ratio: float) -> Ancho
     return AnchorFit(float(is_taken.mean()), float(best.mean()))
 
 
+def rounded(anchors: np.ndarray) -> np.ndarray:
+    """Round anchors to whole pixels, or to decimals where they would be no longer distinct or no longer above 0."""
+    for decimals in range(4):
+        tried = anchors.round(decimals)
+        if (tried > 0).all() and len(np.unique(tried, axis=0)) == len(anchors):
+            return tried
+    return anchors
+
+
 def box_sizes(labelled: Labelled, size: tuple[int, int]) -> np.ndarray:
     """Give width and height [N, 2] of all boxes in pixels of a network input of `size` (height, width), letterboxed."""
     pictures = labelled.sizes.astype(np.float64)  # [P, 2] (height, width)

@@ -131,7 +131,7 @@ def to_numbers(values: Sequence[Any], count: int, where: str) -> tuple[float, ..
     """Turn `count` values into finite numbers. Raises DataError."""
     try:
         numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise DataError(f"{where}: expected {count} numbers, gets {values!r}")

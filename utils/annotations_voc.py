@@ -143,7 +143,11 @@ def _stems(file: Path) -> list[str]:
         rows = csv.DictReader(lines)
         if "filename" not in (rows.fieldnames or ()):
             raise DataError(f"{file}:1: has no column 'filename'")
-        names = [Path(row["filename"]).stem for row in rows]
+        names = []
+        for row in rows:
+            if not row["filename"]:
+                raise DataError(f"{file}:{rows.line_num}: has no filename")
+            names.append(Path(row["filename"]).stem)
     else:
         names = [line.split()[0] for line in lines if line.strip()]
     return list(dict.fromkeys(names))

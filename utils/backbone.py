@@ -8,7 +8,9 @@ that the cfg adds as sections of their own (an [eca] after a stage) start fresh;
 calls for a .pt. Prints the layers that it fills, within seconds.
 
 The features then equal the classifier's: the constant of its batch normalisation is folded into the variance,
-ImageNet's XX"""
+ImageNet's mean and deviation into the first layer. One thing differs: the classifier pads with the mean colour, the
+cfg's network with black. --no-normalize is for what was trained on plain RGB in 0..1.
+"""
 
 import argparse
 import pickle

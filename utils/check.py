@@ -99,7 +99,7 @@ def report(figures: Mapping[str, Any]) -> str:
         dots = f"{split['under_2px']:,} have a side under {DOT} px"
         lines.append(f"{name} at {figures['img_size']}: boxes that fit into one cell: {', '.join(shares)}; {dots}")
     for count, fit in figures["anchors"].items():
-        pairs = ",  ".join(f"{w},{h}" for w, h in fit["anchors"])
+        pairs = ",  ".join(f"{w:g},{h:g}" for w, h in fit["anchors"])
         lines.append(f"{count} anchors: {pairs} (best possible recall {fit['recall']:.4f}, mean IoU {fit['iou']:.3f})")
     for level in ("problems", "oddities"):
         for kind, texts in figures[level].items():

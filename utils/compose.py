@@ -20,7 +20,7 @@ from models import Darknet, parse
 from models.cfg import suggest
 from models.darknet import count_parameters
 
-from .anchors import anchor_fit, box_sizes, fit_anchors
+from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
 from .cli import MAX_SIDE, make_parser, positive, run
 from .compose_backbones import BACKBONES
 from .compose_heads import ANCHORS, HEADS, Head
@@ -101,7 +101,9 @@ def make_compose_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="cfg to write, - for the screen (default)")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     parser.add_argument(
-        "--all", action="store_true", help="write every cfg of utils/zoo.py, run where cfg/ and data/ are"
+        "--all",
+        action="store_true",
+        help="write every cfg of utils/zoo.py over what is there, run where cfg/ and data/ are",
     )
     return parser
 
@@ -116,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_compose_parser()
     args = parser.parse_args(argv)
     start_logging(stream=sys.stderr, tells_cfg=False)  # standard output is for a cfg
+    if any(len(text.splitlines()) > 1 for text in (args.note, args.data, args.output)):
+        parser.error("--note, --data and --output expect one line: they stand in a comment of the cfg")
     if args.all:
+        if any(getattr(args, name) != parser.get_default(name) for name in (*FLAGS, "output")):
+            parser.error("--all takes no other flag")
         for name in ZOO:
             _save(zoo_arguments(name))
         return
@@ -172,17 +178,17 @@ def _anchors(args: argparse.Namespace, head: Head, data: DataSpec | None) -> tup
     """Give the anchors as a cfg has them, and the masks."""
     size, named = ANCHOR_SIZE, "coco" if args.anchors == "auto" and not data else args.anchors
     if named == "auto":
-        return _format(_rounded(_from_boxes(args, head, data))), head.masks
+        return _format(rounded(_from_boxes(args, head, data))), head.masks
     if named == "coco" and head.coco:
         size, text, masks = head.coco
-        return _format(_rounded(_numbers(text, args) * args.img_size / size)), masks or head.masks
+        return _format(rounded(_numbers(text, args) * args.img_size / size)), masks or head.masks
     if named not in ANCHORS:
         return _format(_numbers(named, args)), head.masks
     if head.anchors not in ANCHORS[named]:
         counts = " or ".join(map(str, ANCHORS[named]))
         raise DataError(f"--anchors {named}: has {counts} anchors (expected {head.anchors} for --head {args.head})")
     anchors = _numbers(ANCHORS[named][head.anchors], args) * args.img_size / size
-    return _format(_rounded(anchors)), head.masks
+    return _format(rounded(anchors)), head.masks
 
 
 def _from_boxes(args: argparse.Namespace, head: Head, data: DataSpec) -> np.ndarray:
@@ -210,15 +216,6 @@ def _numbers(text: str, args: argparse.Namespace) -> np.ndarray:
     if not all(0 < value < math.inf for value in values):
         raise DataError(f"--anchors: expected sizes above 0, gets {text!r}")
     return np.array(values).reshape(-1, 2)
-
-
-def _rounded(anchors: np.ndarray) -> np.ndarray:
-    """Round to whole pixels, or to decimals where anchors would be no longer distinct or no longer above 0."""
-    for decimals in range(4):
-        rounded = anchors.round(decimals)
-        if (rounded > 0).all() and len(np.unique(rounded, axis=0)) == len(anchors):
-            return rounded
-    return anchors
 
 
 def _format(anchors: np.ndarray) -> str:

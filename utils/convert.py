@@ -9,6 +9,7 @@ the folder that data/FORMAT.data names. Run again after a break it goes on; 118,
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -204,9 +205,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     max_det = load_data(OURS / f"{args.format}.data").max_det
     data, writer = convert(source, target, name=args.name or target.resolve().name, names=names, max_det=max_det)
     log.info(report(writer))
-    known, cfg = _known_data(data), f"{data.stem}.cfg"
-    log.info("python -m utils.compose --backbone slim-m --head pan-lite --data %s -o %s", known, cfg)
-    log.info("python train.py --data %s --cfg %s", known, cfg)
+    known, cfg = str(_known_data(data, names)), f"{data.stem}.cfg"
+    compose = "python -m utils.compose --backbone slim-m --head pan-lite --data".split()
+    log.info(shlex.join([*compose, known, "-o", cfg]))
+    log.info(shlex.join(["python", "train.py", "--data", known, "--cfg", cfg]))
 
 
 def _choose_names(source: Source, kind: str) -> tuple[str, ...]:
@@ -219,12 +221,12 @@ def _choose_names(source: Source, kind: str) -> tuple[str, ...]:
     return source.names
 
 
-def _known_data(data: Path) -> Path:
-    """Give the .data file beside the folder that names its lists, as data/visdrone.data does, else the one in it."""
+def _known_data(data: Path, names: tuple[str, ...]) -> Path:
+    """Give the .data file beside the folder with the same lists and classes, as data/visdrone.data, else its own."""
     beside = data.parent.parent / f"{data.parent.name}.data"
     if beside.is_file():
-        train = load_data(beside).train
-        if train and train.resolve() == (data.parent / "train.txt").resolve():
+        spec = load_data(beside)
+        if spec.names == names and spec.train and spec.train.resolve() == (data.parent / "train.txt").resolve():
             return beside
     return data
 

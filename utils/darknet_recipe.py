@@ -183,7 +183,7 @@ def drawn_sizes(recipe: DarknetRecipe, size: tuple[int, int], stride: int) -> li
         return [size]
     step = math.lcm(recipe.resize_step, stride)
     longer, factor = max(size), max(factor, 1 / factor)
-    low, high = max(1, round(longer / factor / step)), max(1, round(longer * factor / step))
+    low, high = (round(longer * zoom / step) + 1 for zoom in (1 / factor, factor))  # Darknet adds a step
     scaled = [number * step / longer for number in range(low, high + 1)]
     return [(max(1, round(size[0] * s / step)) * step, max(1, round(size[1] * s / step)) * step) for s in scaled]
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import shutil
+import ssl
 import stat
 import tarfile
 import time
@@ -97,7 +98,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
             problem = _continue(archive.url, partial, tag)
         except urllib.error.HTTPError as error:
             raise DataError(f"{archive.url}: {error.code} {error.reason}") from None
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
             problem = str(getattr(error, "reason", "") or error) or type(error).__name__
         if not problem:
             break

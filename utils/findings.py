@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from .anchors import anchor_fit, box_sizes, fit_anchors
+from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
 from .charts import count_classes
 from .lists import label_path
 from .recipe import Recipe
@@ -150,9 +150,9 @@ def suggest_anchors(looks: list[Look], size: tuple[int, int], count: int) -> dic
     sides = box_sizes(labelled, size) if labelled.paths else np.zeros((0, 2))
     if not len(sides):
         return {"anchors": [], "recall": 0.0, "iou": 0.0}
-    anchors = np.maximum(1, fit_anchors(sides, count, ratio=Recipe.anchor_ratio).round())
+    anchors = rounded(fit_anchors(sides, count, ratio=Recipe.anchor_ratio))
     fit = anchor_fit(sides, anchors, ratio=Recipe.anchor_ratio)
-    return {"anchors": anchors.astype(int).tolist(), "recall": fit.recall, "iou": fit.iou}
+    return {"anchors": anchors.tolist(), "recall": fit.recall, "iou": fit.iou}
 
 
 def gather(found: Iterator[tuple[str, str]]) -> dict[str, list[str]]:

@@ -118,7 +118,9 @@ def _check_ignore_file(path: Path | None, classes: int, mistakes: list[str]) -> 
     rows = []
     if path and path.is_file():
         for number, line in enumerate(read_lines(path), start=1):
-            *words, kind = line.split() or [""]
+            if not line.strip():
+                continue
+            *words, kind = line.split()
             row, problem = check_words(words, classes, lowest=-1)
             if kind not in IGNORED_KINDS:
                 problem = f"expected class x y w h and one of {', '.join(IGNORED_KINDS)}, gets {line!r}"

@@ -37,7 +37,7 @@ class Recipe:
     ema_decay: float = 0.999  # limit of (1 + n) / (10 + n) after n steps
     box_gain: float = 16.0
     objectness_gain: float = 32.0
-    class_gain: float = 2.0
+    class_gain: float = 8.0
     box_loss: str = "ciou"  # ciou, diou, giou or eiou
     objectness_target: str = "iou"  # iou of the predicted box, or one
     focal_gamma: float = 0.0  # power by which objectness that is nearly right weighs less
