@@ -139,5 +139,9 @@ def test_ignore_files_are_read_and_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         check_labels(tmp_path / "list.txt", 2)
     lines = str(caught.value).splitlines()
-    assert [line.partition(f"{ignore}:")[2].partition(":")[0] for line in lines] == ["1", "2", "3", "4"]
+    assert [line.partition(f"{ignore}:")[2].partition(":")[0] for line in lines] == [
+        "1",
+        "2",
+        "4",
+    ]  # a blank line is none
     assert "one of crowd, difficult, region" in lines[1]
