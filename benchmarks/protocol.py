@@ -51,18 +51,20 @@ def run_protocol(
         folder.parent.mkdir(parents=True, exist_ok=True)
         recipe = Path(f"{folder}.hyp")
         recipe.write_text(f"class_gain={CLASS_GAIN}\n{hyp}\n")
-        words = ["train.py", "--data", data, "--cfg", cfg, "--img-size", side, "--epochs", epochs]
-        words += [
+        words = [
+            "train.py",
+            "--data",
+            data,
+            "--cfg",
+            cfg,
+            "--img-size",
+            side,
+            "--epochs",
+            epochs,
             "--batch-size",
             batch,
-            "--precision",
-            "bf16",
-            "--workers",
-            0,
-            "--cache-images",
-            "--notest",
-            "--nosave",
         ]
+        words += "--precision bf16 --workers 0 --cache-images --notest --nosave".split()
         words += ["--name", name, "--hyp", recipe, *flags]
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with open(f"{folder}.log", "w", encoding="utf-8") as log:

@@ -63,12 +63,13 @@ def compose(args: argparse.Namespace) -> str:
     with torch.device("meta"):
         model = Darknet(parse(body, args.output))
     flops = sum(layer.flops for layer in model.layers) / 1e9
+    data_file, cfg_file = args.data or "FILE", "CFG" if args.output == "-" else args.output
     lines = [
         _title(args),
         f"{count_parameters(model):,} parameters, {flops:.2f} BFLOPs at {args.img_size}x{args.img_size}",
         *([args.note] if args.note else []),
         f"python -m utils.compose {_command(args)}",
-        f"python train.py --data {args.data or 'FILE'} --cfg {args.output} --img-size {args.img_size}",
+        shlex.join(["python", "train.py", "--data", data_file, "--cfg", cfg_file, "--img-size", str(args.img_size)]),
     ]
     return "".join(f"# {line}\n" for line in lines) + "\n" + body
 
