@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.bccd import write_bccd
 from benchmarks.protocol import run_all, run_protocol
 from benchmarks.report import write_report
-from benchmarks.zoo import LIGHT, write_cfg
+from benchmarks.zoo import LIGHT, slug, write_cfg
 from models import Darknet, load_cfg
 from models.darknet import count_parameters
 from utils.cli import make_parser, positive
@@ -27,24 +27,24 @@ SEEDS, FULL_SEEDS = (0, 1), (0, 1, 2)
 # What differs from the recipe: lines for --hyp, or flags of train.py
 CHANGES: dict[str, str] = {
     "the recipe as it is": "",
-    "learning rate 0.01": "lr=0.01",
-    "AdamW": "--adam",
-    "box gain 8": "box_gain=8",
-    "class gain 8": "class_gain=8",
-    "mosaic closed for the last 15 %": "close_mosaic=0.15",
     "no mosaic": "mosaic=0",
-    "objectness target 1": "objectness_target=one",
-    "EIoU": "box_loss=eiou",
+    "mosaic closed for the last 15 %": "close_mosaic=0.15",
+    "mixup 0.15": "mixup=0.15",
     "10 best matches a box": "top_matches=10",
     "no neighbouring cells": "neighbours=0",
     "GIoU": "box_loss=giou",
-    "focal loss, gamma 1.5": "focal_gamma=1.5",
-    "label smoothing 0.1": "label_smoothing=0.1",
-    "mixup 0.15": "mixup=0.15",
+    "EIoU": "box_loss=eiou",
+    "objectness target 1": "objectness_target=one",
     "EMA decay 0.9998": "ema_decay=0.9998",
+    "label smoothing 0.1": "label_smoothing=0.1",
+    "focal loss, gamma 1.5": "focal_gamma=1.5",
     "warm-up of 1 epoch": "warmup_epochs=1",
+    "AdamW": "--adam",
     "multi-scale": "--multi-scale",
+    "class gain 8": "class_gain=8",
     "fp32": "--precision fp32",
+    "learning rate 0.01": "lr=0.01",
+    "box gain 8": "box_gain=8",
 }
 
 
@@ -63,12 +63,12 @@ def main() -> None:
         )
         for seed in FULL_SEEDS
     }
-    for place, change in enumerate(changes.values()):
+    for name, change in changes.items():
         for seed in SEEDS:
             is_flag = change.startswith("--")
-            tasks[f"{place}-{seed}"] = partial(
+            tasks[f"{slug(name)}-{seed}"] = partial(
                 run_protocol,
-                f"recipe/{place}-{seed}",
+                f"recipe/{slug(name)}-{seed}",
                 "short",
                 cfgs["short"],
                 data,
@@ -77,8 +77,8 @@ def main() -> None:
             )
     scores = run_all(tasks)
     rows: list[dict[str, Any]] = [
-        {"change": name, "flag": change} | _means([scores[f"{place}-{seed}"] for seed in SEEDS])
-        for place, (name, change) in enumerate(changes.items())
+        {"change": name, "flag": change} | _means([scores[f"{slug(name)}-{seed}"] for seed in SEEDS])
+        for name, change in changes.items()
     ]
     for row in rows:
         row["difference"] = f"{row['mAP@.5:.95'] - rows[0]['mAP@.5:.95']:+.3f}"
