@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 
 class Pointwise(nn.Module):
-    """An activation that torch.nn lacks, as a module around a plain function."""
+    """An activation that torch.nn lacks, as a module around a plain function.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    `mixes_channels` tells that a channel's output depends on the others too.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, mixes_channels: bool = False) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.mixes_channels = function, mixes_channels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -90,7 +93,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "stair": lambda: Pointwise(stair),
     "lhtan": lambda: Pointwise(lhtan),
     "hard_mish": lambda: Pointwise(hard_mish),
-    "normalize_channels": lambda: Pointwise(normalize_channels),
-    "normalize_channels_softmax": lambda: Pointwise(normalize_channels_softmax),
-    "normalize_channels_softmax_maxval": lambda: Pointwise(normalize_channels_softmax_maxval),
+    "normalize_channels": lambda: Pointwise(normalize_channels, mixes_channels=True),
+    "normalize_channels_softmax": lambda: Pointwise(normalize_channels_softmax, mixes_channels=True),
+    "normalize_channels_softmax_maxval": lambda: Pointwise(normalize_channels_softmax_maxval, mixes_channels=True),
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .cfg import Cfg, CfgError, Section, suggest
+from .channels import Channels, Line
 from .layer import MAX_VALUES, Built, Layer, Rules, read_rules
 from .layers import REFUSED, SECTIONS, TRAINER_KEYS
 from .layers_conv import Convolution
@@ -77,6 +78,28 @@ class Darknet(nn.Module):
         for index, block in enumerate(self.blocks):
             block.requires_grad_(index > last)
 
+    def trace(self, *, is_approximate: bool = False) -> tuple[Channels, list[Line]]:
+        """Give an id to every channel: what is known of the ids, and those of every layer's output in their order.
+
+        With `is_approximate` gates that mix all channels (ECA, CBAM's gate of positions) hold none of them.
+        """
+        channels = Channels(is_approximate=is_approximate)
+        image = channels.fresh(self.channels)
+        channels.fix(image)
+        lines: list[Line] = []
+        for layer in self.layers:
+            inputs = [lines[index] if index >= 0 else image for index in layer.inputs]
+            lines.append(layer.flow(channels, inputs, layer.channels))
+            if any(getattr(module, "mixes_channels", False) for module in layer.module.modules()):
+                channels.fix(lines[-1])
+            if layer.owner is not None:  # what reads and makes the same tensors
+                source = self.layers[layer.owner].inputs[0]
+                channels.tie(inputs[0], lines[source] if source >= 0 else image)
+                channels.tie(lines[-1], lines[layer.owner])
+        for index in self._kept:
+            channels.fix(lines[index])
+        return channels, lines
+
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Decode raw maps of an input of `size` (height, width): boxes [B, N, 4] xywh_px and scores [B, N, C]."""
         pairs = [decode(raw.float(), spec, size) for raw, spec in zip(heads, self.heads, strict=True)]
@@ -135,16 +158,17 @@ def _build(cfg: Cfg) -> Built:
         if builder is None:
             section.fail(f"is no section (expected {suggest(section.name, {*SECTIONS, *MACROS})})")
             section.known.update(section.options)
-            layer = replace(built.previous, inputs=(built.index - 1,), head=None, tensors=(), rules=Rules())
+            layer = replace(built.previous, inputs=(built.index - 1,), head=None, tensors={}, rules=Rules())
         else:
             layer = builder(section, built)
         _check_size(section, layer)
         guesses = {guess for index in layer.inputs for guess in built.at(index).guesses}
-        if layer.is_fresh:
+        if layer.sets_channels:
             guesses.discard("channels")
         if builder is None or section.unsure:
             guesses |= {"channels", "size"}
-        built.layers.append(replace(layer, rules=rules, guesses=frozenset(guesses)))
+        built.layers.append(replace(layer, rules=rules, guesses=frozenset(guesses), references=built.references))
+        built.references = {}
     return built
 
 

@@ -4,7 +4,7 @@ A builder reads its section's keys and returns a Layer; a mistake is noted in th
 the nearest thing that can be built, so that one report tells all mistakes of a file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from .activations import ACTIVATIONS
 from .cfg import Section
+from .channels import Flow, same
 from .yolo import HeadSpec
 
 MAX_FILTERS, MAX_KERNEL = 65536, 1024  # far beyond any network: larger values are typing mistakes
@@ -35,22 +36,36 @@ class Rules:
 @dataclass(frozen=True)
 class Layer:
     """A built section. `inputs` are indices of earlier layers (-1: the image), `size` is (height, width) at the cfg's
-    own input size, `stride` the input pixels a cell spans, `tensors` the names of its parameters in .weights order,
-    `flops` counts a multiply-add as two, as Darknet does, `multiple` is what the sides of an input must divide by."""
+    own input size, `stride` the input pixels a cell spans, `flops` counts a multiply-add as two, as Darknet does,
+    `multiple` is what the sides of an input must divide by.
+
+    `flow` says how the ids of channels pass (channels.py). `tensors` names its parameters in .weights order, each with
+    a letter an axis: "o" its own channels, "i" those of its input, "g" those of the first of its groups, "-" neither;
+    what is left over is "-". An axis may hold several numbers a channel, side by side. `widths` are the keys that say
+    how wide it is: "o", "i", or a number that the cfg leaves to be derived from the channels.
+    """
 
     module: nn.Module
     inputs: tuple[int, ...]
     channels: int
     size: tuple[int, int]
     stride: tuple[float, float]
-    tensors: tuple[str, ...] = ()
+    flow: Flow = same
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    widths: Mapping[str, str | int] = field(default_factory=dict)
     flops: int = 0
     head: HeadSpec | None = None
-    is_fresh: bool = False  # its channels do not depend on those of its inputs
     ends_classifier: bool = False
     multiple: tuple[float, float] = (1, 1)
     rules: Rules = Rules()
+    references: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # layers that its index keys name
+    owner: int | None = None  # the layer whose tensors it uses
     guesses: frozenset[str] = frozenset()  # "channels", "size": what a mistake before makes uncertain
+
+    @property
+    def sets_channels(self) -> bool:
+        """Tell whether the cfg says how many channels it has, whatever its inputs have."""
+        return "o" in self.widths.values()
 
 
 @dataclass
@@ -64,6 +79,7 @@ class Built:
     sections: list[Section] = field(default_factory=list)  # of the layers, as the expanded cfg has them
     places: list[int] | None = None  # after a macro: the last layer of every section that is written in the cfg
     renumbered: dict[str, str] = field(default_factory=dict)  # index keys of this section, as they count layers
+    references: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the layers that they name
 
     @property
     def index(self) -> int:
@@ -116,6 +132,7 @@ class Built:
                 section.fail(f"{key!r} names layer {written}, but {before} before it", key)
         if self.places is not None and found:
             self.renumbered[key] = ",".join(map(str, values))
+        self.references[key] = tuple(found)
         return found or [self.index - 1]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .cfg import Section
+from .channels import convolved, kept
 from .layer import (
     BN_EPS,
     BN_MOMENTUM,
@@ -155,7 +156,8 @@ def crnn(section: Section, built: Built) -> Layer:
         _make_convolution(C, out, window, has_bn=has_bn, is_binary=is_xnor, is_xnor=is_xnor)
         for C, out in ((source.channels, hidden), (hidden, hidden), (hidden, filters))
     ]
-    names = _tensor_names(has_bn)
+    axes = dict.fromkeys(("input", "self", "output"), "") if groups > 1 else {"input": "-i", "self": "", "output": "o"}
+    tensors = {f"{part}.{name}": each for part in axes for name, each in _tensors(has_bn, axes[part]).items()}
     built.filters_line = section.line_of("output")
     return Layer(
         Crnn(*(Convolution(conv, bn, activation, nn.Identity()) for conv, bn in parts)),
@@ -163,9 +165,10 @@ def crnn(section: Section, built: Built) -> Layer:
         filters,
         source.size,
         source.stride,
-        tuple(f"{part}.{name}" for part in ("input", "self", "output") for name in names),
+        convolved(1, keeps_inputs=is_xnor) if groups == 1 else kept,
+        tensors,
+        {"output": "o"},
         2 * per_channel * (source.channels + hidden + filters) * source.size[0] * source.size[1],
-        is_fresh=True,
     )
 
 
@@ -185,7 +188,7 @@ def _convolutional(section: Section, built: Built, groups: int, grid: Grid | Non
     has_bn = section.flag("batch_normalize") or section.flag("cbn")  # cbn changes the statistics of training alone
     activation = read_activation(section, "logistic")
     weights = filters * (source.channels // groups) * window.size**2
-    owner = _find_owner(section, built, filters, window, has_bn=has_bn, is_plain=not is_binary and grid is None)
+    index, owner = _find_owner(section, built, filters, window, has_bn=has_bn, is_plain=not is_binary and grid is None)
     if owner:
         module: nn.Module = SharedConvolution(owner, window, activation, blur)
     else:
@@ -195,15 +198,21 @@ def _convolutional(section: Section, built: Built, groups: int, grid: Grid | Non
         )
         module = Convolution(conv, bn, activation, blur)
     built.filters_line = section.line_of("filters")
+    is_depthwise = groups == source.channels > 1
+    axes = "o" if is_depthwise else "og" if groups > 1 else "oi"
+    key = next((key for key in ("groups", "group") if key in section.options), "")
+    widths = {"filters": "o"} | ({key: "i"} if is_depthwise and key else {})
     return Layer(
         module,
         (built.index - 1,),
         filters,
         blurred(section, built, blur, size),
         coarser(source, stride),
-        () if owner else _tensor_names(has_bn),
+        kept if grid and grid.w_bits == 1 else convolved(groups, keeps_inputs=is_binary),
+        {} if owner else _tensors(has_bn, axes),
+        widths,
         2 * weights * size[0] * size[1] // (32 if is_xnor else 1),  # Darknet's, as 32 bits go in one step
-        is_fresh=True,
+        owner=index,
     )
 
 
@@ -261,32 +270,33 @@ def _read_bits(section: Section, key: str) -> int:
     return bits
 
 
-def _tensor_names(has_bn: bool) -> tuple[str, ...]:
+def _tensors(has_bn: bool, axes: str) -> dict[str, str]:
+    """Give the tensors of a convolution whose weights have `axes`."""
     names = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var") if has_bn else ("conv.bias",)
-    return (*names, "conv.weight")
+    return dict.fromkeys(names, axes[:1].strip("-")) | {"conv.weight": axes}
 
 
 def _find_owner(
     section: Section, built: Built, filters: int, window: Window, *, has_bn: bool, is_plain: bool
-) -> Convolution | None:
+) -> tuple[int | None, Convolution | None]:
     """Read `share_index` and give the convolution that it names, if this one can be told to share its weights."""
     if "share_index" not in section.options:
         section.known.add("share_index")
-        return None
+        return None, None
     (index,) = built.resolve(section, "share_index")[:1]
     module = built.at(index).module
     module = module.owner[0] if isinstance(module, SharedConvolution) else module
     if not isinstance(module, Convolution):
         section.fail(f"'share_index' names layer {index}, which is no convolution", "share_index")
-        return None
+        return None, None
     conv = module.conv
     if not is_plain or isinstance(conv, BinaryConv2d | QuantConv2d):
         section.fail("'share_index' and binary or quantised weights do not go together", "share_index")
-        return module
+        return index, module
     wanted = (filters, built.previous.channels // window.groups, window.size, window.size)
     is_alike = tuple(conv.weight.shape) == wanted and isinstance(module.bn, nn.BatchNorm2d) == has_bn
     if not is_alike or conv.groups != window.groups:
         message = f"'share_index' names layer {index}, whose weights, groups or batch_normalize differ"
         sources = [built.previous, built.at(index)]
         built.mismatch(section, sources, "channels", message, "share_index", keys="filters size groups group")
-    return module
+    return index, module

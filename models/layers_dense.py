@@ -1,9 +1,12 @@
 """Sections with weights that are no convolution: [connected] and [batchnorm]."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from .cfg import Section
+from .channels import fresh
 from .layer import BN_EPS, BN_MOMENTUM, MAX_FILTERS, Built, Layer, coarser, read_activation
 
 
@@ -33,16 +36,17 @@ def connected(section: Section, built: Built) -> Layer:
     built.afford(section, inputs * output, "output")
     linear = nn.Linear(inputs, output, bias=not has_bn)
     bn = nn.BatchNorm1d(output, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
-    names = ("bn.bias", "linear.weight", "bn.weight", "bn.running_mean", "bn.running_var")
+    weight, scales = {"linear.weight": "oi"}, dict.fromkeys(("bn.weight", "bn.running_mean", "bn.running_var"), "o")
     return Layer(
         Connected(linear, bn, activation),
         (built.index - 1,),
         output,
         (1, 1),
         coarser(source, source.size),
-        names if has_bn else ("linear.bias", "linear.weight"),
+        fresh,
+        {"bn.bias": "o"} | weight | scales if has_bn else {"linear.bias": "o"} | weight,
+        {"output": "o"},
         2 * inputs * output,
-        is_fresh=True,
     )
 
 
@@ -50,5 +54,5 @@ def batchnorm(section: Section, built: Built) -> Layer:
     """Build [batchnorm], batch normalisation on its own."""
     source = built.previous
     bn = nn.BatchNorm2d(source.channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-    tensors = ("bias", "weight", "running_mean", "running_var")
-    return Layer(bn, (built.index - 1,), source.channels, source.size, source.stride, tensors)
+    tensors = dict.fromkeys(("bias", "weight", "running_mean", "running_var"), "o")
+    return replace(built.pass_on(bn), tensors=tensors)

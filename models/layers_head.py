@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .cfg import Section
+from .channels import fixed
 from .layer import MAX_FILTERS, Built, Layer
 from .yolo import NMS_KINDS, POINTS, HeadSpec
 
@@ -67,7 +68,7 @@ def softmax(section: Section, built: Built) -> Layer:
         built.mismatch(section, [source], "channels", message, "groups", keys="groups")
     module = Softmax(groups, temperature, is_spatial)
     inputs = (built.index - 1,)
-    return Layer(module, inputs, source.channels, source.size, source.stride, ends_classifier=True)
+    return Layer(module, inputs, source.channels, source.size, source.stride, fixed, ends_classifier=True)
 
 
 def cost(section: Section, built: Built) -> Layer:

@@ -1,10 +1,13 @@
 """Sections that bring several maps together: route, shortcut, scale_channels, sam; and channel_shuffle."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cfg import Section
+from .channels import concatenated, shuffled, summed, tied
 from .layer import MAX_FILTERS, Built, Layer, read_activation, shape
 
 PER_CHANNEL = ("per_feature", "per_layer", "per_channel")  # of weights_type; the first two are one weight a layer
@@ -101,7 +104,8 @@ def route(section: Section, built: Built) -> Layer:
             message = f"expects groups={groups} to divide the {source.channels} channels of layer {index}"
             built.mismatch(section, sources, "channels", message, "groups", keys="groups")
     channels = max(1, sum(source.channels // groups for source in sources))
-    return Layer(Route(groups, group), tuple(indices), channels, sources[0].size, sources[0].stride)
+    flow = concatenated(groups, group)
+    return Layer(Route(groups, group), tuple(indices), channels, sources[0].size, sources[0].stride, flow)
 
 
 def shortcut(section: Section, built: Built) -> Layer:
@@ -128,8 +132,9 @@ def shortcut(section: Section, built: Built) -> Layer:
         source.channels,
         source.size,
         source.stride,
-        () if weights is None else ("weights",),
-        len(indices) * source.channels * source.size[0] * source.size[1] * (1 if weights is None else 2),
+        summed,
+        {} if weights is None else {"weights": "-o" if kind == "per_channel" else ""},
+        flops=len(indices) * source.channels * source.size[0] * source.size[1] * (1 if weights is None else 2),
     )
 
 
@@ -144,7 +149,8 @@ def scale_channels(section: Section, built: Built) -> Layer:
         message = f"expects a gate of {wanted[0]} channels at {wanted[1][0]}×{wanted[1][1]} for layer {index}"
         kind = "channels" if gate.channels != wanted[0] else "size"
         built.mismatch(section, [gate, source], kind, f"{message}, gets {gate.channels} at {shape(gate)}")
-    return Layer(ScaleChannels(activation), (built.index - 1, index), source.channels, source.size, source.stride)
+    inputs = (built.index - 1, index)
+    return Layer(ScaleChannels(activation), inputs, source.channels, source.size, source.stride, tied)
 
 
 def sam(section: Section, built: Built) -> Layer:
@@ -156,7 +162,8 @@ def sam(section: Section, built: Built) -> Layer:
         message = f"expects {source.channels} channels at {shape(source)} as layer {index} has"
         kind = "channels" if gate.channels != source.channels else "size"
         built.mismatch(section, [gate, source], kind, f"{message}, gets {gate.channels} at {shape(gate)}", "from")
-    return Layer(ScaleChannels(activation), (built.index - 1, index), source.channels, source.size, source.stride)
+    inputs = (built.index - 1, index)
+    return Layer(ScaleChannels(activation), inputs, source.channels, source.size, source.stride, tied)
 
 
 def channel_shuffle(section: Section, built: Built) -> Layer:
@@ -165,7 +172,7 @@ def channel_shuffle(section: Section, built: Built) -> Layer:
     if source.channels % groups:
         message = f"expects groups={groups} to divide the {source.channels} channels of its input"
         built.mismatch(section, [source], "channels", message, "groups", keys="groups")
-    return built.pass_on(ChannelShuffle(groups))
+    return replace(built.pass_on(ChannelShuffle(groups)), flow=shuffled(groups))
 
 
 def _add_strided(total: Tensor, other: Tensor) -> Tensor:

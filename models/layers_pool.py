@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cfg import Section
+from .channels import Flow, folded, scrambled, unfolded
 from .layer import MAX_KERNEL, Built, Layer, coarser, read_activation, read_strides, shape, slide, window
 
 
@@ -189,7 +190,7 @@ def reorg3d(section: Section, built: Built) -> Layer:
     """Build [reorg3d], cells into channels; with `reverse` channels into cells."""
     source, s = built.previous, section.int("stride", 1, minimum=1, maximum=64)
     if not section.flag("reverse"):
-        return _fold(section, built, Reorg3d(s, False), s)
+        return _fold(section, built, Reorg3d(s, False), s, folded(s**2))
     _check_channels(section, built, s)
     return Layer(
         Reorg3d(s, True),
@@ -197,6 +198,7 @@ def reorg3d(section: Section, built: Built) -> Layer:
         max(1, source.channels // s**2),
         (source.size[0] * s, source.size[1] * s),
         (source.stride[0] / s, source.stride[1] / s),
+        unfolded(s**2),
         multiple=source.stride,
     )
 
@@ -205,7 +207,7 @@ def reorg(section: Section, built: Built) -> Layer:
     """Build [reorg], YOLOv2's (https://arxiv.org/abs/1612.08242)."""
     s = section.int("stride", 1, minimum=1, maximum=64)
     _check_channels(section, built, s)
-    return _fold(section, built, Reorg(s), s)
+    return _fold(section, built, Reorg(s), s, scrambled(s**2))
 
 
 def crop(section: Section, built: Built) -> Layer:
@@ -237,14 +239,14 @@ def _pool_window(section: Section, stride: tuple[int, int]) -> tuple[int, int]:
     return kernel, section.int("padding", kernel - 1, minimum=0, maximum=2 * kernel - 2)
 
 
-def _fold(section: Section, built: Built, module: nn.Module, s: int) -> Layer:
+def _fold(section: Section, built: Built, module: nn.Module, s: int, flow: Flow) -> Layer:
     source = built.previous
     if source.size[0] % s or source.size[1] % s:
         message = f"expects stride={s} to divide the sides of its input, gets {shape(source)}"
         built.mismatch(section, [source], "size", message, "stride", keys="stride")
     size = max(1, source.size[0] // s), max(1, source.size[1] // s)
     stride = coarser(source, (s, s))
-    return Layer(module, (built.index - 1,), source.channels * s**2, size, stride, multiple=stride)
+    return Layer(module, (built.index - 1,), source.channels * s**2, size, stride, flow, multiple=stride)
 
 
 def _check_channels(section: Section, built: Built, s: int) -> None:

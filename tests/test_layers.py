@@ -57,7 +57,7 @@ def test_convolution(keys: str, stride: tuple[int, int], padding: int, groups: i
     np.testing.assert_allclose(run(layer, x)[0], expected, atol=1e-5)
     assert layer.stride == stride
     assert layer.flops == 2 * expected.size * conv.weight[0].numel()
-    assert layer.tensors == ("conv.bias", "conv.weight")
+    assert tuple(layer.tensors) == ("conv.bias", "conv.weight")
 
 
 def test_batch_normalisation_stands_between_convolution_and_activation() -> None:
@@ -68,7 +68,7 @@ def test_batch_normalisation_stands_between_convolution_and_activation() -> None
     raw = convolve(x[0].numpy(), layer.module.conv.weight.detach().numpy(), (1, 1), 0, 1)
     expected = 2 * (raw - 0.25) / math.sqrt(4 + bn.eps) - 1
     np.testing.assert_allclose(run(layer, x)[0], np.where(expected > 0, expected, 0.1 * expected), atol=1e-5)
-    assert layer.tensors == ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var", "conv.weight")
+    assert tuple(layer.tensors) == ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var", "conv.weight")
 
 
 def test_a_convolution_without_activation_is_logistic_and_has_one_filter() -> None:

@@ -222,7 +222,7 @@ def _is_gate(layer: Layer) -> bool:
     """Tell whether a layer keeps its input's channels, or computes on the mean of a map."""
     if isinstance(layer.module, Convolution):
         return layer.size == (1, 1) and "bn.weight" not in layer.tensors
-    return not layer.is_fresh
+    return not layer.sets_channels
 
 
 def _line(model: Darknet, index: int) -> int:
@@ -241,7 +241,7 @@ def _places(model: Darknet, indices: Sequence[int]) -> str:
 def _wish(model: Darknet, index: int) -> str:
     """Say where a layer stands and what it takes."""
     layer = model.layers[index]
-    key = "conv.weight" if "conv.weight" in layer.tensors else layer.tensors[0]
+    key = "conv.weight" if "conv.weight" in layer.tensors else next(iter(layer.tensors))
     shape = tuple(layer.module.state_dict()[key].shape)
     has_bn = " with batch normalisation" if "bn.weight" in layer.tensors else ""
     return f"{model.cfg.path}:{_line(model, index)}: layer {index}, {_section(model, index)}, takes {shape}{has_bn}"
