@@ -65,6 +65,7 @@ FLOORS = {
     "utils/loss.py": 5,
     "utils/picture_cache.py": 5,
     "utils/importance.py": 5,
+    "utils/plan.py": 5,
     "utils/predict.py": 5,
     "utils/prune.py": 5,
     "utils/protocols.py": 5,

@@ -67,8 +67,8 @@ def taylor(model: Darknet, groups: Groups, losses: Iterable[Tensor]) -> Values:
     A channel's term is γ ∂L/∂γ + β ∂L/∂β, the derivative for a factor on its normalised output; terms of a group add
     up, terms of losses do not.
     """
-    sums, count = np.zeros(len(groups.is_free)), 0
-    for count, loss in enumerate(losses, start=1):
+    squares = []
+    for loss in losses:
         model.zero_grad()
         loss.backward()
         terms = np.zeros(len(groups.is_free))
@@ -76,9 +76,9 @@ def taylor(model: Darknet, groups: Groups, losses: Iterable[Tensor]) -> Values:
             change = sum(each.detach() * each.grad for each in norm.parameters() if each.grad is not None)
             if isinstance(change, Tensor):
                 np.add.at(terms, groups.group[groups.lines[index]], change.cpu().double().numpy())
-        sums += terms**2
+        squares.append(terms**2)
     model.zero_grad()
-    return np.where(np.isnan(gamma(model, groups)), np.nan, sums / max(1, count))
+    return np.where(np.isnan(gamma(model, groups)), np.nan, np.mean(squares, axis=0))
 
 
 def random(groups: Groups, seed: int) -> Values:
