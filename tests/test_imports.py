@@ -64,6 +64,7 @@ FLOORS = {
     "utils/assignment.py": 5,
     "utils/loss.py": 5,
     "utils/picture_cache.py": 5,
+    "utils/compensate.py": 6,
     "utils/importance.py": 5,
     "utils/plan.py": 5,
     "utils/predict.py": 5,
