@@ -181,12 +181,12 @@ def unfolded(cells: int) -> Flow:
 
 
 def scrambled(cells: int) -> Flow:
-    """Make the flow of [reorg], where every `cells` channels in a row become one of each of as many parts."""
+    """Make the flow of [reorg]: of every block of `cells` channels in a row come `cells` in a row, `cells` times."""
 
     def flow(channels: Channels, inputs: Sequence[Line], count: int) -> Line:
         blocks = inputs[0].reshape(-1, cells)  # [blocks, cells]
         for column in blocks.T[1:]:
             channels.tie(blocks[:, 0], column)
-        return np.tile(blocks[:, 0], cells)
+        return np.tile(blocks[:, 0], cells).repeat(cells)
 
     return flow

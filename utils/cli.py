@@ -216,6 +216,11 @@ def fraction(text: str) -> float:
     return _bounded(float, text, 0, 1)
 
 
+def points(text: str) -> float:
+    """Read a number of percentage points (for argparse)."""
+    return _bounded(float, text, 0, 100)
+
+
 def _bounded(kind: type, text: str, low: float, high: float):
     try:
         value = kind(text)

@@ -45,12 +45,12 @@ class Plan:
                 break
         return keep
 
-    def count(self, percent: float) -> int:
-        """Give how many groups a share of the free ones is. Raises DataError where it is too large."""
-        count = round(percent * self.free)
+    def count(self, share: float, flag: str) -> int:
+        """Give how many groups a share of the free ones is. Raises DataError, naming `flag`, where it is too large."""
+        count = round(share * self.free)
         if count > len(self.order):
             raise DataError(
-                f"--percent {percent:g}: at most {self.limit:.3f} can go ({len(self.order)} of {self.free} free groups,"
+                f"{flag}: at most {self.limit:.3f} can go ({len(self.order)} of {self.free} free groups,"
                 " the others keep every layer alive: see --layer-keep)"
             )
         return count
