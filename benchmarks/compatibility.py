@@ -18,9 +18,10 @@ import torch
 from opencv_comparison import DATA, compare, find
 from test_opencv import STOCK
 
-from benchmarks.report import describe_machine, make_table
+from benchmarks.report import make_table
 from models import CfgError, Darknet, load_cfg, load_weights, save_weights
 from models.darknet import count_parameters
+from utils.device import describe_machine
 from utils.lint import weights_bytes
 
 COMMAND = "PYTHONPATH=tests OMP_NUM_THREADS=1 python -m benchmarks.compatibility"

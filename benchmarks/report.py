@@ -2,13 +2,11 @@
 
 import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from utils.device import describe_machine
 
 FOLDER = Path(__file__).parent
 
@@ -35,12 +33,3 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = (f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in keys)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def describe_machine() -> str:
-    """Name processor, cores, PyTorch and GPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__}{gpu}"

@@ -6,9 +6,8 @@ Writes benchmarks/speed.md and .json; takes about three minutes on 2 cores. The 
 ($DARKSLIM_DATA).
 """
 
-import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from utils.lists import load_data
 from utils.log import start_logging
 from utils.loss import detection_loss
 from utils.recipe import Recipe
+from utils.timing import summarise, time_in_turn
 
 ROUNDS = 60
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.speed"
@@ -63,18 +63,6 @@ def _conv(block: nn.Module, *, is_fused: bool) -> nn.Module:
     return fuse_conv_bn_eval(block.conv, block.bn) if is_fused else nn.Sequential(block.conv, block.bn)
 
 
-def paired_ms(first: Callable[[], object], *others: Callable[[], object]) -> list[float]:
-    """Time calls in turn, ROUNDS times, and give the median milliseconds of each."""
-    calls = (first, *others)
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, spent in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            spent.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(spent) for spent in times]
-
-
 def forward_rows() -> list[dict]:
     """Compare the fused forward pass of YOLOv3-tiny with plain PyTorch at 416, batch 1."""
     torch.manual_seed(0)
@@ -88,7 +76,8 @@ def forward_rows() -> list[dict]:
         "plain nn.Sequential": (PlainTiny(model, is_fused=False).eval(), x),
     }
     with torch.inference_mode():
-        ms = paired_ms(*[lambda net=net, inputs=inputs: net(inputs) for net, inputs in variants.values()])
+        calls = [partial(network, inputs) for network, inputs in variants.values()]
+        ms = [summarise(spent).ms for spent in time_in_turn(calls, rounds=ROUNDS)]
     return [
         {"pair": "forward", "what": name, "ms": value, "ratio": value / ms[0]}
         for name, value in zip(variants, ms, strict=True)

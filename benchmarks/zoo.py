@@ -12,15 +12,14 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.bccd import write_bccd
 from benchmarks.protocol import PROTOCOLS, run_all, run_protocol
 from benchmarks.report import write_report
-from benchmarks.speed import paired_ms
+from benchmarks.speed import ROUNDS
 from models import Darknet, load_cfg
 from models.darknet import count_parameters
 from utils.compose import compose, make_compose_parser
+from utils.timing import paired_ms
 
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.zoo"
 WORK = Path("runs/zoo")
@@ -63,7 +62,7 @@ def main() -> None:
     tasks |= {name: partial(run_protocol, f"zoo/{slug(name)}", "short", cfg, data) for name, cfg in cfgs.items()}
     scores = run_all(tasks)
     models = {name: Darknet(load_cfg(cfg)) for name, cfg in cfgs.items()}
-    times = latencies(list(models.values()))
+    times = paired_ms(list(models.values()), (PROTOCOLS["short"].side,) * 2, ROUNDS)
     rows = [
         {
             "network": name,
@@ -72,9 +71,9 @@ def main() -> None:
             "BFLOPs": bflops(model),
             "mAP@.5": scores[name]["map50"],
             "mAP@.5:.95": scores[name]["map50_95"],
-            "ms": ms,
+            "ms": timing.ms,
         }
-        for (name, model), ms in zip(models.items(), times, strict=True)
+        for (name, model), timing in zip(models.items(), times, strict=True)
     ]
     light = Darknet(load_cfg(full))
     summary = {
@@ -99,14 +98,6 @@ def main() -> None:
 def bflops(model: Darknet) -> float:
     """Give the billions of operations of a forward pass at the cfg's own size, a multiply-add as two."""
     return sum(layer.flops for layer in model.layers) / 1e9
-
-
-def latencies(models: list[Darknet]) -> list[float]:
-    """Time the fused forward passes in turn, one picture each; median milliseconds."""
-    fused = [model.fuse().to(memory_format=torch.channels_last) for model in models]
-    x = torch.rand(1, 3, *models[0].size).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        return paired_ms(*[partial(model, x) for model in fused])
 
 
 if __name__ == "__main__":

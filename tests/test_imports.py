@@ -73,6 +73,7 @@ FLOORS = {
     "utils/slimming.py": 6,
     "utils/prune.py": 5,
     "utils/protocols.py": 5,
+    "utils/residual_blocks.py": 5,
     "utils/scores.py": 5,
     "utils/sparsity.py": 5,
     "utils/draft.py": 5,

@@ -1,6 +1,9 @@
-"""Devices by the names that users type, numeric precision, and seeds."""
+"""Devices by the names that users type and by what they are, numeric precision, and seeds."""
 
+import os
+import platform
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ import torch
 from . import dist
 from .log import DataError
 
+CPU = torch.device("cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -54,3 +58,12 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def describe_machine() -> str:
+    """Name processor, cores, PyTorch and GPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__}{gpu}"

@@ -1,13 +1,14 @@
-"""How fast a detector is: the forward pass alone and the whole path from file to boxes, in three forms of the network.
+"""How fast detectors are: the forward pass alone and the whole path from file to boxes, in three forms of a network.
 
-The forms are timed in turn, so that what else the machine does hits all of them alike, and medians are given.
+What is compared is timed in turn, so that what else the machine does hits all of them alike, and medians are given.
 """
 
 import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,56 @@ from models import Darknet
 
 from .boxes import non_maximum_suppression
 from .datasets import Key, Pictures, collate, to_input
-from .device import synchronize
+from .device import CPU, synchronize
 from .evaluate import Settings
 from .labels import Labelled
 from .predict import predict
 
 ROUNDS, SECONDS = 15, 20.0  # timings of a row at most, and the time after which three are enough
+
+
+class Timing(NamedTuple):
+    """The median of timings in milliseconds, and how far their quartiles lie apart."""
+
+    ms: float
+    spread_ms: float
+
+
+@torch.inference_mode()
+def paired_ms(
+    models: Sequence[Darknet], size: tuple[int, int], rounds: int = ROUNDS, *, device: torch.device = CPU
+) -> list[Timing]:
+    """Time the forward passes of unfused networks in turn: fused, channels_last, one picture of `size`, FP32."""
+    x = torch.rand(1, models[0].channels, *size, generator=torch.Generator().manual_seed(0))  # [1, C, H, W]
+    x = x.to(device, memory_format=torch.channels_last)
+    fused = [model.fuse().to(device, memory_format=torch.channels_last) for model in models]
+    return [summarise(ms) for ms in time_in_turn([partial(model, x) for model in fused], device, rounds)]
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], object]], device: torch.device = CPU, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """Time every call once a round, after a round to warm up, in milliseconds."""
+    for call in calls:
+        call()
+    spent: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() - begin > SECONDS:
+            break
+        for call, times in zip(calls, spent, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            times.append(1000 * (time.perf_counter() - start))
+    return spent
+
+
+def summarise(ms: Sequence[float]) -> Timing:
+    """Give median and spread of timings, two or more."""
+    low, middle, high = statistics.quantiles(ms, n=4, method="inclusive")
+    return Timing(middle, high - low)
 
 
 @torch.inference_mode()
@@ -49,7 +94,7 @@ def benchmark(
         for network, form in variants.values():
             x = _read(pictures, keys, device).contiguous(memory_format=form)
             calls += [_forward(network, x, dtype), _whole_path(network, pictures, keys, form, settings, device, dtype)]
-        spent = _time_in_turn(calls, device)
+        spent = time_in_turn(calls, device)
         for place, variant in enumerate(variants):
             forward, path = ([ms / batch for ms in spent[2 * place + part]] for part in (0, 1))
             rows.append({"variant": variant, "batch": batch, **_summary("forward", forward), **_summary("path", path)})
@@ -112,24 +157,6 @@ def _whole_path(
     return path
 
 
-def _time_in_turn(calls: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
-    """Time every call once a round, after a round to warm up, in milliseconds."""
-    for call in calls:
-        call()
-    spent: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    for number in range(ROUNDS):
-        if number >= 3 and time.perf_counter() - begin > SECONDS:
-            break
-        for call, times in zip(calls, spent, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            times.append(1000 * (time.perf_counter() - start))
-    return spent
-
-
 def _summary(name: str, ms: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(ms, n=4, method="inclusive")
-    return {f"{name}_ms": middle, f"{name}_spread_ms": high - low}
+    middle, spread = summarise(ms)
+    return {f"{name}_ms": middle, f"{name}_spread_ms": spread}

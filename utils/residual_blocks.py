@@ -1,0 +1,165 @@
+"""Take whole residual blocks out of a network: a body whose output a [shortcut] adds to what the body reads.
+
+What is left equals the network whose body puts out zero: depth goes, widths stay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models import Cfg, Darknet, dump
+from models.cfg import Section, parse
+from models.layer import Rules
+from models.layers_merge import Shortcut
+
+from .importance import norms
+from .log import DataError
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers `first` to `last`, a [shortcut] that adds the body before it to layer `first` - 1.
+
+    Where the sum is activated, its activation stays in the place of `last`.
+    """
+
+    first: int
+    last: int
+    is_activated: bool = False
+
+
+def find_blocks(model: Darknet) -> list[Block]:
+    """Find the blocks that can go, in the order of their shortcuts; a block may hold smaller ones.
+
+    Both inputs of the shortcut have one shape and no weights; the body reads nothing but itself and the layer before
+    it; nothing outside reads it, names it or uses its tensors; it holds no head and no key that freezes or detaches.
+    """
+    blocks = []
+    for last, layer in enumerate(model.layers):
+        module = layer.module
+        if not isinstance(module, Shortcut) or module.weights is not None or len(layer.inputs) != 2:
+            continue
+        block = Block(layer.inputs[1] + 1, last, not isinstance(module.activation, nn.Identity))
+        if 0 < block.first < last and _adds_like(model, block) and _stands_alone(model, block):
+            blocks.append(block)
+    return blocks
+
+
+def importance_of(model: Darknet, block: Block) -> float:
+    """Give the mean |γ| of the batch normalisations that write what the shortcut adds, NaN where there is none.
+
+    They are the last ones of the body on every way back from the shortcut (a ghost module has two); a gate's own layers
+    do not count. A criterion of groups could not tell blocks apart: a group of a residual stream is in all of them.
+    """
+    gammas = {index: norm.weight.detach().abs() for index, norm in norms(model)}
+    found, ways = [], {block.last - 1}
+    while ways:
+        index = ways.pop()
+        layer = model.layers[index]
+        if index in gammas:
+            found.append(gammas[index])
+        elif not layer.tensors and layer.owner is None:
+            ways |= {each for each in layer.inputs if each >= block.first}
+    return float(torch.cat(found).mean()) if found else float("nan")
+
+
+def choose_blocks(model: Darknet, count: int) -> list[Block]:
+    """Give the `count` least important blocks, the least important first. Raises DataError where there are fewer."""
+    blocks = find_blocks(model)
+    if count > len(blocks):
+        number = f"{len(blocks)} residual block{'s' * (len(blocks) > 1)}" if blocks else "no residual block"
+        raise DataError(
+            f"--layers {count}: {model.cfg.path} has {number} that can go (a body that only its [shortcut] reads,"
+            " which adds it to the layer before it)"
+        )
+    importance = np.array([importance_of(model, block) for block in blocks])
+    return [blocks[place] for place in np.argsort(importance, kind="stable")[:count]]  # NaN is sorted last
+
+
+def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: Sequence[str] = ()) -> Darknet:
+    """Return the network without these blocks, in evaluation mode.
+
+    Its cfg, of `path`, is the expanded one of `model` without their sections, with indices that count what is left, and
+    has `notes` as comments on top.
+    """
+    is_kept = np.ones(len(model.layers), bool)
+    for block in blocks:
+        is_kept[block.first : block.last + (not block.is_activated)] = False
+    place = is_kept.cumsum() - 1  # of every layer; of a block, that of the layer before it
+    compact = Darknet(_cfg_without(model, blocks, is_kept, place, path=path, notes=notes), allow_unknown=True)
+    compact.header = model.header
+    with torch.no_grad():
+        for old in np.flatnonzero(is_kept):
+            source, target = model.layers[old], compact.layers[place[old]]
+            for name in target.tensors:
+                attrgetter(name)(target.module).copy_(attrgetter(name)(source.module))
+    return compact.eval()
+
+
+def _adds_like(model: Darknet, block: Block) -> bool:
+    """Tell whether the shortcut adds the layer just before it to one of the same shape."""
+    shapes = {
+        (each.channels, each.size, each.stride) for each in (model.layers[i] for i in (block.first - 1, block.last - 1))
+    }
+    return model.layers[block.last].inputs[0] == block.last - 1 and len(shapes) == 1
+
+
+def _stands_alone(model: Darknet, block: Block) -> bool:
+    """Tell whether nothing outside needs the body, and the body nothing outside but the layer before it."""
+    body = range(block.first, block.last)
+    for index, layer in enumerate(model.layers):
+        owner = () if layer.owner is None else (layer.owner,)
+        named = {*layer.inputs, *owner, *(each for indices in layer.references.values() for each in indices)}
+        if index in body:
+            if (
+                layer.head
+                or layer.ends_classifier
+                or any(not block.first <= each + 1 <= index for each in layer.inputs)
+            ):
+                return False
+        elif index != block.last and not named.isdisjoint(body):
+            return False
+    return all(model.layers[index].rules == Rules() for index in (*body, block.last))
+
+
+def _cfg_without(
+    model: Darknet,
+    blocks: Sequence[Block],
+    is_kept: NDArray[np.bool_],
+    place: NDArray[np.int64],
+    *,
+    path: str,
+    notes: Sequence[str],
+) -> Cfg:
+    """Write the sections that are kept, with indices that count them, relative ones relative as they were."""
+    cfg = parse(dump(model.expanded), path)
+    sections = cfg.sections[1:]
+    for index in np.flatnonzero(is_kept):
+        section = sections[index]
+        for key, layers in model.layers[index].references.items():
+            written = section.ints(key)
+            values = tuple(
+                place[i] - (place[index] if value < 0 else 0) for i, value in zip(layers, written, strict=True)
+            )
+            if values != written:
+                section.set(key, ",".join(map(str, values)))
+    for block in sorted(blocks, key=lambda block: block.last, reverse=True):
+        section, before = sections[block.last], sections[block.first - 1]
+        end = _end(section)
+        if block.is_activated:
+            section.lines[:end] = ["[activation]\n", f"activation={section.options['activation'].value}\n"]
+        else:
+            before.lines[_end(before) :] = section.lines[end:]  # what is said there introduces the next section
+    kept = [cfg.sections[0], *(section for section, stays in zip(sections, is_kept, strict=True) if stays)]
+    cfg.preamble[:0] = [f"# {note}\n" for note in notes]
+    return parse(dump(Cfg(path, cfg.preamble, kept)), path)
+
+
+def _end(section: Section) -> int:
+    """Give the number of a section's lines up to its last key."""
+    return 1 + max((option.row for option in section.options.values()), default=0)
