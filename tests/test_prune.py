@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from networks import CLASSIFIER, FIXTURES, HEAVY_CFGS, ROOT, name, seeded
+from torch import nn
 
 from models import CfgError, Darknet, dump, load_cfg, load_model, parse, save_weights
 from models.darknet import count_parameters
@@ -36,8 +37,21 @@ def picture(model: Darknet, dtype: torch.dtype) -> torch.Tensor:
     return torch.rand(1, model.channels, *size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
+def lively(path: Path) -> Darknet:
+    """Build a network whose maps neither vanish nor explode: statistics are those of two random pictures."""
+    model = seeded(path).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    with torch.inference_mode():
+        model(torch.cat((picture(model, torch.float32), 1 - picture(model, torch.float32))))
+    return model.eval()
+
+
 def assert_exact(path: Path, folder: Path) -> None:
-    model = seeded(path)
+    model = lively(path)
     groups = find_groups(model)
     before = count_parameters(model)
     for share in SHARES:
@@ -93,12 +107,12 @@ def test_compact_equals_masked_on_stock_cfgs(shared_data: Path, tmp_path: Path) 
 
 
 def test_the_output_depends_on_the_picture_after_the_cut() -> None:
-    model = seeded(ROOT / "cfg/yolov4-tiny.cfg")
+    model = lively(ROOT / "cfg/yolov4-tiny.cfg")
     groups = find_groups(model)
     compact = cut(model, groups, random_cut(groups, 0.5, model), path="pruned.cfg")
     with torch.inference_mode():
         one, other = compact(torch.zeros(1, 3, 64, 64)), compact(torch.ones(1, 3, 64, 64))
-    assert all((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(one, other, strict=True))
+    assert all((a - b).abs().max() > 0.01 * a.abs().max() for a, b in zip(one, other, strict=True))
 
 
 def test_the_written_cfg_differs_in_widths_alone() -> None:
