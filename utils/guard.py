@@ -57,3 +57,13 @@ def largest_within(plan: Plan, count: int, score: Callable[[Mask], float], least
         else:
             high = middle
     return low / plan.free
+
+
+def verdict(before: float, after: float, *, max_drop: float | None) -> str:
+    """Say why a network with mAP@.5 `after` instead of `before` is to be refused, or nothing; `max_drop` in points."""
+    drop = 100 * (before - after)
+    if max_drop is not None and drop > max_drop:
+        return f"mAP@.5 falls by {drop:.1f} points, from {before:.3f} to {after:.3f} (--max-drop {max_drop:g})"
+    if after < RUIN * before:
+        return f"a ruin: mAP@.5 falls from {before:.3f} to {after:.3f}, less than a tenth"
+    return ""

@@ -81,7 +81,7 @@ def taylor(model: Darknet, groups: Groups, losses: Iterable[Tensor]) -> Values:
     return np.where(np.isnan(gamma(model, groups)), np.nan, np.mean(squares, axis=0))
 
 
-def random(groups: Groups, seed: int) -> Values:
+def random_values(groups: Groups, seed: int) -> Values:
     """Give random numbers: what any criterion must beat."""
     return np.random.default_rng(seed).random(len(groups.is_free))
 

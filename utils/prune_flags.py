@@ -30,6 +30,7 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     what = parser.add_argument_group("what to cut")
     what.add_argument("--criterion", choices=CRITERIA, default="gamma", help="importance (default: gamma)")
     what.add_argument("--batches", type=cli.positive, default=16, help="batches of --criterion taylor (default: 16)")
+    add("--hyp", default="", help="recipe of --criterion taylor and of --iterative (key=value lines)")
     what.add_argument(
         "--strategy",
         choices=("normal", "slim"),

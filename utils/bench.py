@@ -1,0 +1,83 @@
+"""What a network is measured by while it is pruned: pictures where there are any, a device and a size."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import Darknet
+
+from .cli import Detector
+from .datasets import Batch, Pictures, evaluation_batches, make_loader, to_input
+from .evaluate import Settings, evaluate
+from .labels import Labelled, check_labels, merge_classes
+from .log import DataError
+from .scores import Evaluation
+from .timing import Timing, paired_ms
+
+ROUNDS = 40  # timings of a forward pass: the median of fewer moves by more than a percent
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Checked pictures to test and to train on, or None; how to test; the device and what it computes in."""
+
+    valid: Labelled | None
+    train: Labelled | None
+    names: tuple[str, ...]
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+
+    def judge(self, model: Darknet, images: int | None = None) -> Evaluation:
+        """Test on the validation pictures, or on some of them that are spread over all."""
+        assert self.valid is not None
+        labelled = self.valid if images is None else spread(self.valid, images)
+        network = model.fuse().to(device=self.device, memory_format=torch.channels_last)
+        return evaluate(network, labelled, self.names, self.settings, device=self.device, dtype=self.dtype)[0]
+
+    def time(self, *models: Darknet) -> list[Timing]:
+        """Time forward passes of one picture in turn."""
+        return paired_ms(models, self.settings.size, ROUNDS, device=self.device)
+
+    def batches(self, channels: int, images: int) -> Iterator[Batch]:
+        """Give training pictures as they are, unaugmented and spread over all."""
+        assert self.train is not None
+        labelled = spread(self.train, images)
+        size, batch_size = self.settings.size, self.settings.batch_size
+        keys = evaluation_batches(labelled.sizes, batch_size, size, 1, is_rectangular=False)
+        for batch in make_loader(Pictures(labelled, channels), keys, workers=self.settings.workers):
+            if batch.problem:
+                raise DataError(batch.problem)
+            yield batch
+
+    def inputs(self, channels: int, images: int) -> Iterator[Tensor]:
+        """Give training pictures as inputs [B, C, H, W]."""
+        for batch in self.batches(channels, images):
+            yield to_input(batch.pictures, self.device)
+
+
+def make_bench(
+    detector: Detector, settings: Settings, *, is_single: bool, device: torch.device, dtype: torch.dtype
+) -> Bench:
+    """Read and check the pictures that the detector's data name."""
+    found: list[Labelled | None] = []
+    for source in (detector.data.valid, detector.data.train) if detector.data else (None, None):
+        labelled = check_labels(source, len(detector.data.names)) if detector.data and source else None
+        found.append(merge_classes(labelled) if labelled and is_single else labelled)
+    return Bench(found[0], found[1], detector.names, settings, device, dtype)
+
+
+def spread(labelled: Labelled, images: int) -> Labelled:
+    """Give as many pictures, evenly spread over a list."""
+    count = len(labelled.paths)
+    chosen: Sequence[int] = np.linspace(0, count - 1, min(images, count)).round().astype(int).tolist()
+    return replace(
+        labelled,
+        paths=[labelled.paths[index] for index in chosen],
+        sizes=labelled.sizes[chosen],
+        labels=[labelled.labels[index] for index in chosen],
+        ignored=[labelled.ignored[index] for index in chosen] if len(labelled.ignored) else (),
+    )
