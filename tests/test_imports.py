@@ -93,6 +93,7 @@ FLOORS = {
     "utils/lint.py": 6,
     "utils/memory.py": 6,
     "utils/plots.py": 6,
+    "utils/prune_report.py": 6,
     "utils/runs.py": 6,
     "utils/sources.py": 6,
     "utils/timing.py": 6,

@@ -87,9 +87,7 @@ def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: 
     Its cfg, of `path`, is the expanded one of `model` without their sections, with indices that count what is left, and
     has `notes` as comments on top.
     """
-    is_kept = np.ones(len(model.layers), bool)
-    for block in blocks:
-        is_kept[block.first : block.last + (not block.is_activated)] = False
+    is_kept = kept_layers(model, blocks)
     place = is_kept.cumsum() - 1  # of every layer; of a block, that of the layer before it
     compact = Darknet(_cfg_without(model, blocks, is_kept, place, path=path, notes=notes), allow_unknown=True)
     compact.header = model.header
@@ -99,6 +97,14 @@ def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: 
             for name in target.tensors:
                 attrgetter(name)(target.module).copy_(attrgetter(name)(source.module))
     return compact.eval()
+
+
+def kept_layers(model: Darknet, blocks: Sequence[Block]) -> NDArray[np.bool_]:
+    """Tell which layers are left without these blocks."""
+    is_kept = np.ones(len(model.layers), bool)
+    for block in blocks:
+        is_kept[block.first : block.last + (not block.is_activated)] = False
+    return is_kept
 
 
 def _adds_like(model: Darknet, block: Block) -> bool:
