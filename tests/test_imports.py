@@ -95,6 +95,7 @@ FLOORS = {
     "utils/plots.py": 6,
     "utils/prune_report.py": 6,
     "utils/runs.py": 6,
+    "utils/sensitivity.py": 6,
     "utils/sources.py": 6,
     "utils/timing.py": 6,
     "utils/writer.py": 6,

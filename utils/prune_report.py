@@ -258,7 +258,7 @@ def _draw_pairs(axes: Axes, rows: Sequence[LayerRow], before: Sequence[float], a
 def _draw_figures(axes: Axes, pruning: Pruning) -> None:
     """Draw every figure of every network as a bar relative to the original's, with the figure on it.
 
-    What lies between the first and the last network costs what the first does: only its mAP is drawn.
+    What lies between the first and the last network costs what one of them does: only its mAP is drawn.
     """
     networks = pruning.networks
     kinds = [kind for kind in FIGURES if getattr(networks[0], kind[0])]
