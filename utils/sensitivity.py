@@ -127,7 +127,7 @@ def _draw_heat(
     if len(sets) <= NUMBERED:
         for y, x in np.argwhere(~np.isnan(drops)):
             colour = "black" if drops[y, x] > before / 2 else "white"
-            axes.text(x, y, f"{100 * drops[y, x]:.0f}", ha="center", va="center", color=colour, fontsize=7)
+            axes.text(x, y, str(round(100 * drops[y, x])), ha="center", va="center", color=colour, fontsize=7)
     axes.set_yticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
     step = -(-len(sets) // NUMBERED)
     axes.set_xticks(range(0, len(sets), step), [_name(each) for each in sets[::step]], rotation=90, fontsize=8)
@@ -143,7 +143,7 @@ def _draw_curves(
     for place in [*(set(range(len(sets))) - {*worst}), *worst]:
         style = {"color": GREY, "alpha": 0.4, "linewidth": 0.8}
         if place in worst:
-            style = {"color": COLOURS[worst.index(place)], "label": f"layers {_name(sets[place])}", "marker": "."}
+            style = {"color": COLOURS[worst.index(place)], "label": f"layer {_name(sets[place])}", "marker": "."}
         axes.plot([0, *ratios], [before, *(before - drops[:, place])], **style)
     axes.set(
         xlabel="share of the set's free groups that is cut",
