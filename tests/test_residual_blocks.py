@@ -168,13 +168,20 @@ def test_the_mean_gamma_of_what_is_added_ranks() -> None:
     assert len(set(importance)) > 1
 
 
-def test_a_body_without_normalisation_goes_last() -> None:
-    model = built(PLAIN + CONV.replace("batch_normalize=1\n", "") + ADD + CONV + ADD)
+def test_a_body_that_no_normalisation_ends_goes_last() -> None:
+    """Neither what stands before a convolution with a bias nor what shares its tensors tells how much is added."""
+    biased = CONV.replace("batch_normalize=1\n", "")
+    shared = CONV + "share_index=1\n"
+    adds = "[shortcut]\nfrom=-3\nactivation=linear\n"
+    model = built(PLAIN + CONV + biased + adds + CONV + ADD)
     with torch.no_grad():
         model.layers[1].module.bn.weight.fill_(3)
-        model.layers[5].module.bn.weight.fill_(2)
-    assert [block.last for block in choose_blocks(model, 3)] == [6, 2, 4]
-    assert np.isnan(importance_of(model, Block(3, 4)))
+        model.layers[6].module.bn.weight.fill_(2)
+    assert [block.last for block in choose_blocks(model, 3)] == [7, 2, 5]
+    assert np.isnan(importance_of(model, Block(3, 5)))
+    model = built(CONV + CONV + CONV + shared + adds)
+    assert np.isnan(importance_of(model, Block(2, 4)))
+    assert find_blocks(model) == [Block(2, 4)]
 
 
 def test_a_gate_is_not_what_is_added() -> None:
@@ -184,6 +191,14 @@ def test_a_gate_is_not_what_is_added() -> None:
         model.layers[1].module.bn.weight.fill_(0.25)
     (block,) = find_blocks(model)
     assert importance_of(model, block) == pytest.approx(0.25)
+
+
+def test_what_the_body_reads_is_not_what_is_added() -> None:
+    model = built(CONV + CONV + "[sam]\nfrom=0\n[shortcut]\nfrom=0\n")
+    with torch.no_grad():
+        model.layers[0].module.bn.weight.fill_(9)
+        model.layers[1].module.bn.weight.fill_(0.25)
+    assert importance_of(model, Block(1, 3)) == pytest.approx(0.25)
 
 
 def test_no_more_blocks_than_there_are() -> None:

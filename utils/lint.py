@@ -68,27 +68,27 @@ def figures(verdict: Verdict, size: int | None = None) -> dict[str, object]:
         "sections": verdict.sections,
         "parameters": count_parameters(model) if model else None,
         "weights_bytes": weights_bytes(model) if model else None,
-        "bflops": bflops(model, size) if model else None,
+        "bflops": bflops(model, size and (size, size)) if model else None,
         "strides": [_pair(head.stride) for head in model.heads] if model else None,
         "errors": list(verdict.errors),
     }
 
 
-def bflops(model: Darknet, size: int | None) -> float | None:
-    """Count the operations of one picture of `size` × `size` (default: of the cfg's own size), in 10^9.
+def bflops(model: Darknet, size: tuple[int, int] | None = None) -> float | None:
+    """Count the operations of one picture of `size` (height, width; default: of the cfg's own size), in 10^9.
 
     None where the network cannot take that size.
     """
-    if size is not None and model.size != (size, size):
+    if size is not None and model.size != size:
         cfg = parse(dump(model.cfg), model.cfg.path)
-        for key in ("width", "height"):
-            cfg.sections[0].set(key, size)
+        for key, side in zip(("height", "width"), size, strict=True):
+            cfg.sections[0].set(key, side)
         try:
             with torch.device("meta"):
                 model = Darknet(cfg)
         except CfgError:
             return None
-        if size % model.stride:
+        if any(side % model.stride for side in size):
             return None
     return sum(layer.flops for layer in model.layers) / 1e9
 

@@ -37,7 +37,7 @@ def find_blocks(model: Darknet) -> list[Block]:
     """Find the blocks that can go, in the order of their shortcuts; a block may hold smaller ones.
 
     Both inputs of the shortcut have one shape and no weights; the body reads nothing but itself and the layer before
-    it; nothing outside reads it, names it or uses its tensors; it holds no head and no key that freezes or detaches.
+    it; nothing outside reads it, names it or uses its tensors; it holds no head and no key of freezing or loading.
     """
     blocks = []
     for last, layer in enumerate(model.layers):
@@ -45,7 +45,7 @@ def find_blocks(model: Darknet) -> list[Block]:
         if not isinstance(module, Shortcut) or module.weights is not None or len(layer.inputs) != 2:
             continue
         block = Block(layer.inputs[1] + 1, last, not isinstance(module.activation, nn.Identity))
-        if 0 < block.first < last and _adds_like(model, block) and _stands_alone(model, block):
+        if block.first < last and _adds_like(model, block) and _stands_alone(model, block):
             blocks.append(block)
     return blocks
 
@@ -87,9 +87,7 @@ def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: 
     Its cfg, of `path`, is the expanded one of `model` without their sections, with indices that count what is left, and
     has `notes` as comments on top.
     """
-    is_kept = np.ones(len(model.layers), bool)
-    for block in blocks:
-        is_kept[block.first : block.last + (not block.is_activated)] = False
+    is_kept = kept_layers(model, blocks)
     place = is_kept.cumsum() - 1  # of every layer; of a block, that of the layer before it
     compact = Darknet(_cfg_without(model, blocks, is_kept, place, path=path, notes=notes), allow_unknown=True)
     compact.header = model.header
@@ -101,26 +99,27 @@ def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: 
     return compact.eval()
 
 
+def kept_layers(model: Darknet, blocks: Sequence[Block]) -> NDArray[np.bool_]:
+    """Tell which layers are left without these blocks."""
+    is_kept = np.ones(len(model.layers), bool)
+    for block in blocks:
+        is_kept[block.first : block.last + (not block.is_activated)] = False
+    return is_kept
+
+
 def _adds_like(model: Darknet, block: Block) -> bool:
-    """Tell whether the shortcut adds the layer just before it to one of the same shape."""
-    shapes = {
-        (each.channels, each.size, each.stride) for each in (model.layers[i] for i in (block.first - 1, block.last - 1))
-    }
-    return model.layers[block.last].inputs[0] == block.last - 1 and len(shapes) == 1
+    """Tell whether what the shortcut adds has the shape of what it is added to."""
+    source, added = (model.layers[index] for index in (block.first - 1, block.last - 1))
+    return (source.channels, source.size, source.stride) == (added.channels, added.size, added.stride)
 
 
 def _stands_alone(model: Darknet, block: Block) -> bool:
     """Tell whether nothing outside needs the body, and the body nothing outside but the layer before it."""
     body = range(block.first, block.last)
     for index, layer in enumerate(model.layers):
-        owner = () if layer.owner is None else (layer.owner,)
-        named = {*layer.inputs, *owner, *(each for indices in layer.references.values() for each in indices)}
+        named = {*layer.inputs, *(each for indices in layer.references.values() for each in indices)}
         if index in body:
-            if (
-                layer.head
-                or layer.ends_classifier
-                or any(not block.first <= each + 1 <= index for each in layer.inputs)
-            ):
+            if layer.head or layer.ends_classifier or min(layer.inputs) < block.first - 1:
                 return False
         elif index != block.last and not named.isdisjoint(body):
             return False
