@@ -153,9 +153,9 @@ def train_one_epoch(
 
     `step_loss` takes inputs [B, C, H, W] and targets [N, 6] and returns the loss and its parts. `accumulate` batches
     make one optimizer step, the last step of the epoch takes what is left. `freeze` gets the number of the step, from 0
-    on, before its first batch; `after_backward` may add to the gradients before it. Batches that make no step run
-    within `hold_back`, which spares the exchange between processes. Raises DataError when the loss is not finite,
-    before any weight is touched by it.
+    on, before its first batch; `after_backward` may add to the gradients of a step when they are unscaled and clipped.
+    Batches that make no step run within `hold_back`, which spares the exchange between processes. Raises DataError when
+    the loss is not finite, before any weight is touched by it.
 
     A batch's loss is exact over all processes. A step's gradient is the mean over its batches, an approximation of one
     large batch: where the loss is a mean over matches, it becomes a mean of means.
@@ -195,11 +195,11 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     """Make one optimizer step; one that fp16 overflows in is left out, as its scaler asks for."""
     scale = trainer.scaler.get_scale()
     trainer.scaler.unscale_(trainer.optimizer)
-    if after_backward:
-        after_backward()
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
+    if after_backward:
+        after_backward()
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
