@@ -24,6 +24,7 @@ from .datasets import Item, to_input
 from .log import DataError
 from .loss import detection_loss
 from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
+from .sparsity import Plan, Sparsity, travels
 
 MAX_GRADIENT = 10.0  # norm that gradients are clipped to by our recipe
 
@@ -32,7 +33,7 @@ StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What an epoch changes: the network, its optimizer, schedule, moving average and gradient scaler."""
+    """What an epoch changes: the network, its optimizer, schedule, moving average, gradient scaler and sparsity."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -40,6 +41,7 @@ class Trainer:
     ema: AveragedModel
     scaler: torch.amp.GradScaler
     max_gradient: float = math.inf
+    sparsity: Sparsity | None = None
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next epoch depends on, beside the epoch's number."""
@@ -49,6 +51,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict(),
+            "s": self.sparsity.s if self.sparsity else 0.0,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -58,6 +61,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.load_state_dict(state["ema"])
+        if self.sparsity and "s" in state:
+            self.sparsity.s = state["s"]
 
 
 def make_trainer(
@@ -76,6 +81,16 @@ def make_trainer(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     limit = math.inf if isinstance(recipe, DarknetRecipe) else MAX_GRADIENT
     return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit)
+
+
+def start_sparsity(
+    trainer: Trainer, plan: Plan | None, model: Darknet, recipe: AnyRecipe, *, epochs: int, steps: int, first: int
+) -> Trainer:
+    """Let a trainer draw γ to zero as `plan` says, but for the `first` layers, which are frozen."""
+    if not plan:
+        return trainer
+    each = travels(trainer.scheduler, recipe, epochs=epochs, steps=steps)
+    return replace(trainer, sparsity=Sparsity(model, plan, each, first=first))
 
 
 def make_step_loss(
