@@ -28,7 +28,7 @@ EDGES = np.geomspace(1e-4, 10, 76)  # of the histogram of |γ|; what lies outsid
 # Of --s auto, measured in docs/slimming.md
 ARRIVAL = 0.5  # of the epochs, when the target shall be reached: what stays needs the others to settle
 HORIZON = 0.25  # of the epochs, what it plans ahead at least: stragglers shall not drive s up without end
-BULK = 0.97  # of the target, what it aims at: the last few resist most
+SURPLUS = 1.1  # of the target, how many groups it draws on: those stay whose γ the loss holds up most
 CHANGE = 2.0  # factor by which s changes at most from one epoch to the next
 
 
@@ -135,7 +135,8 @@ class Sparsity:
         """Give what is in force of s for every group, by the γ at the start of the epoch that `begin` began."""
         factors = np.ones(self.count)
         if self.plan.schedule != "constant" and epoch >= self.plan.turn:
-            first = 0 if self.plan.schedule == "global" else math.ceil(self.plan.target * self.count)
+            target = self.plan.target * (SURPLUS if self.plan.s is None else 1)
+            first = 0 if self.plan.schedule == "global" else math.ceil(target * self.count)
             factors[self.before.argsort(kind="stable")[first:]] = RELIEF
         return factors
 
@@ -144,7 +145,7 @@ class Sparsity:
         epochs = len(self.travels)
         travel = self.travels[epoch : max(round(ARRIVAL * epochs), epoch + math.ceil(HORIZON * epochs))].sum()
         each = np.where(gammas < HARMLESS, 0, (gammas - HARMLESS) / travel - pull)
-        wanted = float(np.quantile(each, BULK * self.plan.target))
+        wanted = float(np.quantile(each, self.plan.target))
         return float(np.clip(wanted, self.s / CHANGE, self.s * CHANGE)) if epoch else wanted
 
 
@@ -154,7 +155,7 @@ def travels(scheduler: LambdaLR, recipe: AnyRecipe, *, epochs: int, steps: int) 
     The rate is that of the step in the middle. Adam's moves are about lr a step however large s is, so there it only
     gives the shape of the schedule.
     """
-    is_sgd = recipe.optimizer == "sgd" if hasattr(recipe, "optimizer") else not recipe.is_adam
+    momentum = 0 if getattr(recipe, "optimizer", "") == "adamw" else recipe.momentum
     (rate, *_), (factor, *_) = scheduler.base_lrs, scheduler.lr_lambdas
-    scale = rate * steps / (1 - (recipe.momentum if is_sgd else 0))
+    scale = rate * steps / max(1 - momentum, 1e-3)  # momentum may be 1
     return [scale * factor(epoch * steps + steps // 2) for epoch in range(epochs)]
