@@ -255,6 +255,19 @@ def test_auto_goes_up_where_the_loss_resists_and_down_when_it_is_there() -> None
     assert sparsity.s == before / 2
 
 
+def test_auto_can_begin_where_its_target_is_reached() -> None:
+    model, _ = wide(Plan(), [1.0])
+    gamma_of(model).data[:70] = 0
+    sparsity = Sparsity(model, Plan(None), [1.0] * 10)
+    assert sparsity.s == HARMLESS / 10
+    sparsity.finish(0)
+    assert sparsity.s == HARMLESS / 10
+    sparsity.begin(1)
+    gamma_of(model).data[:70] = 0.5  # the loss wants them back
+    sparsity.finish(1)
+    assert sparsity.s == 2 * HARMLESS / 10
+
+
 @pytest.mark.parametrize("resistance", [0.0, 0.03, 0.1])
 @pytest.mark.parametrize("schedule", ["constant", "local"])
 @pytest.mark.parametrize("target", [0.3, 0.8])

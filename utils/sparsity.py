@@ -141,12 +141,17 @@ class Sparsity:
         return factors
 
     def _needed(self, gammas: Values, pull: Values, epoch: int) -> float:
-        """Give the s that from `epoch` on brings the target's share under HARMLESS in time."""
+        """Give the s that from `epoch` on brings the target's share under HARMLESS in time.
+
+        Never less than moves a γ by HARMLESS in the whole training: from nothing s could not come back.
+        """
         epochs = len(self.travels)
         travel = self.travels[epoch : max(round(ARRIVAL * epochs), epoch + math.ceil(HORIZON * epochs))].sum()
         each = np.where(gammas < HARMLESS, 0, (gammas - HARMLESS) / travel - pull)
         wanted = float(np.quantile(each, self.plan.target))
-        return float(np.clip(wanted, self.s / CHANGE, self.s * CHANGE)) if epoch else wanted
+        if epoch:
+            wanted = float(np.clip(wanted, self.s / CHANGE, self.s * CHANGE))
+        return max(wanted, HARMLESS / float(self.travels.sum()))
 
 
 def travels(scheduler: LambdaLR, recipe: AnyRecipe, *, epochs: int, steps: int) -> list[float]:
