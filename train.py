@@ -32,6 +32,7 @@ from utils.engine import (
     make_freeze,
     make_step_loss,
     make_trainer,
+    start_sparsity,
     synchronise_statistics,
     train_one_epoch,
 )
@@ -41,8 +42,7 @@ from utils.log import log
 from utils.memory import largest_batch
 from utils.runs import Run, new_folder, run_folder
 from utils.schedule import batches_per_step
-from utils.sparsity import shrink_gammas
-from utils.train_flags import make_recipe, parse_args, restore_args
+from utils.train_flags import make_plan, make_recipe, parse_args, restore_args
 from utils.training_data import read_images, settle_lengths, training_pictures, training_sizes
 
 Judgement = tuple[Evaluation, list[dict[str, Any]]]
@@ -90,6 +90,9 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
     accumulate = batches_per_step(recipe, args.batch_size * dist.world_size(), args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
     trainer = make_trainer(model, recipe, epochs=args.epochs, steps=steps, device=device, dtype=dtype, seed=args.seed)
+    trainer = start_sparsity(
+        trainer, make_plan(args), model, recipe, epochs=args.epochs, steps=steps, first=args.freeze
+    )
     if resumed:
         trainer.restore(resumed["trainer"])
     settings = Settings(
@@ -113,7 +116,7 @@ def train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devic
         accumulate=accumulate,
         hold_back=getattr(network, "no_sync", nullcontext),
         freeze=freeze,
-        after_backward=(lambda: shrink_gammas(model, args.s)) if args.sparsity_regularization else None,
+        after_backward=trainer.sparsity.shrink if trainer.sparsity else None,
     )
     judge = partial(evaluate, labelled=valid_set, names=names, settings=settings, device=device, dtype=dtype)
     evaluation, results = run_epochs(args, run, trainer, batches, train_epoch, judge, first=resumed.get("epoch", 0))
@@ -140,8 +143,13 @@ def run_epochs(
         seed_everything(args.seed, epoch)
         batches.epoch = epoch
         title = f"epoch {epoch + 1}/{args.epochs}"
+        if trainer.sparsity:
+            trainer.sparsity.begin(epoch)
         losses = train_epoch(title=title)
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
+        if trainer.sparsity:
+            row["gammas"] = trainer.sparsity.finish(epoch)
+            log.info("%s: %s", title, trainer.sparsity.describe(row["gammas"]))
         dist.copy_statistics(averaged)
         if is_end or not args.notest:
             evaluation, results = judge(averaged)
@@ -155,6 +163,8 @@ def run_epochs(
             run.save(
                 averaged, None if is_last else trainer, epoch=epoch + 1, seen=(epoch + 1) * images, is_best=is_best
             )
+        if trainer.sparsity:
+            run.draw_gammas(trainer.sparsity.gammas(), epoch + 1)
         run.draw_curves()
         if is_last:
             break

@@ -24,6 +24,7 @@ from .datasets import Item, to_input
 from .log import DataError
 from .loss import detection_loss
 from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
+from .sparsity import Plan, Sparsity, travels
 
 MAX_GRADIENT = 10.0  # norm that gradients are clipped to by our recipe
 
@@ -32,7 +33,7 @@ StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What an epoch changes: the network, its optimizer, schedule, moving average and gradient scaler."""
+    """What an epoch changes: the network, its optimizer, schedule, moving average, gradient scaler and sparsity."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -40,6 +41,7 @@ class Trainer:
     ema: AveragedModel
     scaler: torch.amp.GradScaler
     max_gradient: float = math.inf
+    sparsity: Sparsity | None = None
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next epoch depends on, beside the epoch's number."""
@@ -49,6 +51,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict(),
+            "s": self.sparsity.s if self.sparsity else 0.0,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -58,6 +61,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.load_state_dict(state["ema"])
+        if self.sparsity and "s" in state:
+            self.sparsity.s = state["s"]
 
 
 def make_trainer(
@@ -76,6 +81,16 @@ def make_trainer(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     limit = math.inf if isinstance(recipe, DarknetRecipe) else MAX_GRADIENT
     return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit)
+
+
+def start_sparsity(
+    trainer: Trainer, plan: Plan | None, model: Darknet, recipe: AnyRecipe, *, epochs: int, steps: int, first: int
+) -> Trainer:
+    """Let a trainer draw γ to zero as `plan` says, but for the `first` layers, which are frozen."""
+    if not plan:
+        return trainer
+    each = travels(trainer.scheduler, recipe, epochs=epochs, steps=steps)
+    return replace(trainer, sparsity=Sparsity(model, plan, each, first=first))
 
 
 def make_step_loss(
@@ -153,9 +168,9 @@ def train_one_epoch(
 
     `step_loss` takes inputs [B, C, H, W] and targets [N, 6] and returns the loss and its parts. `accumulate` batches
     make one optimizer step, the last step of the epoch takes what is left. `freeze` gets the number of the step, from 0
-    on, before its first batch; `after_backward` may add to the gradients before it. Batches that make no step run
-    within `hold_back`, which spares the exchange between processes. Raises DataError when the loss is not finite,
-    before any weight is touched by it.
+    on, before its first batch; `after_backward` may add to the gradients of a step when they are unscaled and clipped.
+    Batches that make no step run within `hold_back`, which spares the exchange between processes. Raises DataError when
+    the loss is not finite, before any weight is touched by it.
 
     A batch's loss is exact over all processes. A step's gradient is the mean over its batches, an approximation of one
     large batch: where the loss is a mean over matches, it becomes a mean of means.
@@ -195,11 +210,11 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     """Make one optimizer step; one that fp16 overflows in is left out, as its scaler asks for."""
     scale = trainer.scaler.get_scale()
     trainer.scaler.unscale_(trainer.optimizer)
-    if after_backward:
-        after_backward()
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
+    if after_backward:
+        after_backward()
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()

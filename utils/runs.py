@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from models import Darknet, dump, save_weights
@@ -20,6 +21,7 @@ from .album import draw_evaluation
 from .charts import draw_curves, draw_labels
 from .datasets import Pictures, TrainingBatches, collate
 from .engine import Trainer
+from .gamma_charts import draw_gammas
 from .labels import Labelled
 from .log import DataError, log, start_logging
 from .pictures import read_picture
@@ -78,7 +80,8 @@ class Run:
         for name, value in row.items():
             parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {}
             for tag, number in (parts or {name: value}).items():
-                self.events.add_scalar(tag, number, row["epoch"])
+                if not isinstance(number, list):
+                    self.events.add_scalar(tag, number, row["epoch"])
         self.events.flush()
         return is_best
 
@@ -126,6 +129,13 @@ class Run:
         if dist.is_first():
             with _naming(self.folder / "curves.png"):
                 draw_curves(self.metrics_file, self.folder / "curves.png")
+
+    def draw_gammas(self, gammas: np.ndarray, epoch: int) -> None:
+        """Show TensorBoard the γ of this epoch, and draw those of all epochs up to now into gammas.png."""
+        if dist.is_first():
+            self.events.add_histogram("gammas", gammas, epoch)
+            with _naming(self.folder / "gammas.png"):
+                draw_gammas(self.metrics_file, self.folder / "gammas.png")
 
     def draw_results(self, evaluation: Evaluation, results: list[dict[str, Any]], valid: Labelled) -> None:
         """Draw the pictures of the last evaluation."""

@@ -9,9 +9,10 @@ from models import Cfg
 
 from . import cli, dist
 from .darknet_recipe import read_darknet_recipe
-from .log import DataError
+from .log import DataError, log
 from .recipe import Recipe, load_recipe
 from .schedule import AnyRecipe
+from .sparsity import SCHEDULES, Plan
 
 EPOCHS, BATCH_SIZE = 300, 16
 OURS = "hyp lr adam multi_scale rect".split()  # flags that mean nothing where the cfg is the recipe
@@ -42,12 +43,29 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     add("--sync-bn", action="store_true", help="batch normalisation over the GPUs of all processes")
     add("--resume", nargs="?", const="weights/last.pt", help="go on with a last.pt, as it was started")
     add("-sr", "--sparsity-regularization", action="store_true", help="sparse training for pruning")
-    add("--s", type=cli.rate, default=1e-4, help="strength of -sr on every γ (default: %(default)s)")
+    add("--s", type=strength, default=1e-4, help="strength of -sr on γ, a number (default: %(default)s) or auto")
+    schedule = "global: a hundredth of s after --sr-epoch; local: so for the channels that are to stay"
+    add("--sr-schedule", choices=SCHEDULES, help=f"{schedule} (default: constant; with --s auto local)")
+    add("--sr-epoch", type=cli.positive, help="epochs of s in full (default: half of all; with --s auto a tenth)")
+    add(
+        "--sr-target", type=cli.fraction, default=0.5, help="share of the channels that is to go (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if problem := _problem(args, parser):
         parser.error(problem)
     args.processes = dist.world_size()
     return args
+
+
+def strength(text: str) -> float | str:
+    """Read a number above 0, or "auto" (for argparse)."""
+    if text == "auto":
+        return text
+    try:
+        float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, gets {text!r}") from None
+    return cli.rate(text)
 
 
 def restore_args(args: argparse.Namespace, resumed: dict[str, Any]) -> argparse.Namespace:
@@ -74,6 +92,38 @@ def make_recipe(args: argparse.Namespace, cfg: Cfg, resumed: dict[str, Any]) -> 
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
 
 
+def make_plan(args: argparse.Namespace) -> Plan | None:
+    """Give what -sr is to do, None without it, and say it. Raises DataError for an --sr-epoch that never comes."""
+    if not args.sparsity_regularization:
+        return None
+    is_auto = args.s == "auto"
+    schedule = _schedule(args)
+    turn = args.sr_epoch or max(1, args.epochs // (10 if is_auto else 2))
+    if args.sr_epoch and turn >= args.epochs:
+        raise DataError(f"--sr-epoch {turn}: expected fewer than the {args.epochs} epochs of the training")
+    after = "" if schedule == "constant" else f" from epoch {turn + 1} on"
+    log.info("sparse training: --s %s, --sr-schedule %s%s, --sr-target %g", args.s, schedule, after, args.sr_target)
+    return Plan(None if is_auto else args.s, schedule, turn, args.sr_target)
+
+
+def _schedule(args: argparse.Namespace) -> str:
+    return args.sr_schedule or ("local" if args.s == "auto" else "constant")
+
+
+def _sparsity_problem(args: argparse.Namespace, given: set[str]) -> str:
+    """Say what is wrong with -sr and its flags, or nothing."""
+    wrong = [name for name in ("s", "sr_schedule", "sr_epoch", "sr_target") if name in given]
+    if wrong and not args.sparsity_regularization:
+        return f"--{wrong[0].replace('_', '-')} needs -sr"
+    if not 0 < args.sr_target < 1:
+        return "--sr-target expects a share above 0 and below 1"
+    if args.s == "auto" and args.sr_schedule == "global":
+        return "--s auto would make up for what --sr-schedule global takes off: give constant, local or a number"
+    if args.sr_epoch and _schedule(args) == "constant":
+        return "--sr-epoch needs --sr-schedule global or local"
+    return ""
+
+
 def _problem(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """Say what is wrong with the flags together, or nothing."""
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -89,8 +139,8 @@ def _problem(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         return "--img-size expects N, or MIN MAX [TEST] with MIN at most MAX"
     if len(set(sizes[:2])) > 1 and not args.multi_scale:
         return "--img-size MIN MAX needs --multi-scale"
-    if "s" in given and not args.sparsity_regularization:
-        return "--s needs -sr"
+    if problem := _sparsity_problem(args, given):
+        return problem
     if args.patience and args.notest:
         return "--patience needs the tests that --notest leaves out"
     if args.multi_scale and args.rect:
