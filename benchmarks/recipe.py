@@ -45,6 +45,7 @@ CHANGES: dict[str, str] = {
     "fp32": "--precision fp32",
     "learning rate 0.01": "lr=0.01",
     "box gain 8": "box_gain=8",
+    "image weights for rare classes": "image_weights=1",
 }
 
 

@@ -62,6 +62,7 @@ FLOORS = {
     "utils/labels.py": 5,
     "utils/assignment.py": 5,
     "utils/loss.py": 5,
+    "utils/odds.py": 5,
     "utils/picture_cache.py": 5,
     "utils/predict.py": 5,
     "utils/protocols.py": 5,
