@@ -37,6 +37,8 @@ KINDS = {
     "class": Kind("boxes of a class that there is not", True),
     "degenerate": Kind("boxes without an area", True),
     "outside": Kind("boxes with their centre outside the image, or in pixels", True),
+    "ignore": Kind("lines of ignore files that are no `class x y w h kind`", True),
+    "bare": Kind("splits without any label file", True),
     "leaked": Kind("images of valid that are in train too", True),
     "alike": Kind("images of valid that look like one in train"),
     "copy": Kind("images that stand twice in a split"),
@@ -54,6 +56,8 @@ def find(splits: Mapping[str, list[Look]], names: tuple[str, ...], size: tuple[i
     for split, looks in splits.items():
         for each in looks:
             yield from _in_one(each, size)
+        if not any(each.has_labels for each in looks):
+            yield "bare", f"{split}: no image has a label file (expected one like {label_path(looks[0].path)})"
         yield from _copies(split, looks)
         counts = count_classes(readable(looks), len(names))
         yield from (("absent", f"{split}: {name}") for name, count in zip(names, counts, strict=True) if not count)
