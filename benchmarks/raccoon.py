@@ -6,10 +6,10 @@ Reads $DARKSLIM_DATA/datasets/raccoon through utils.convert, in its publisher's 
 pictures, 217 boxes.
 """
 
-import os
 import sys
 from pathlib import Path
 
+from benchmarks.real_data import real_data
 from utils.annotations import Choice
 from utils.annotations_voc import read_voc
 from utils.convert import convert, report
@@ -19,7 +19,7 @@ SPLIT = Choice("data/train_labels.csv", "data/test_labels.csv")
 
 def write_raccoon(target: Path) -> Path:
     """Write the dataset below `target` and return its .data file."""
-    source = Path(os.environ.get("DARKSLIM_DATA", "../shared/data")).resolve() / "datasets/raccoon"
+    source = real_data() / "datasets/raccoon"
     data, writer = convert(read_voc(source, SPLIT), target, name="raccoon", names=("raccoon",))
     print(report(writer))
     return data

@@ -55,8 +55,7 @@ def test_without_max_batches_epochs_are_asked_for(command, scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_yolov3_tiny_learns_blood_cells(command, shared_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("DARKSLIM_DATA", str(shared_data))
+def test_yolov3_tiny_learns_blood_cells(command, shared_data, tmp_path):
     text = (ROOT / "cfg/yolov3-tiny.cfg").read_text()
     for old, new in (
         ("classes=80", "classes=3"),
