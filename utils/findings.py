@@ -9,7 +9,7 @@ import torch
 from torchvision.ops import box_convert, box_iou
 
 from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
-from .charts import count_classes
+from .charts import STRIDES, count_classes
 from .lists import label_path
 from .recipe import Recipe
 from .survey import Look, orphans, readable
@@ -18,7 +18,6 @@ ALIKE = 24  # of 128 bits, up to which two pictures look alike; measured: docs/d
 REPEATED_IOU = 0.95  # from which two boxes of one class are one object labelled twice
 PAST = 0.005  # of a picture's side that a box may reach past its border, rounding aside
 BLOCK = 2048  # pictures compared with all others at once
-STRIDES = (8, 16, 32)  # pixels a cell of the usual heads
 DOT = 2  # pixels, under which a box holds nothing to learn
 
 
