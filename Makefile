@@ -39,7 +39,7 @@ check: $(INSTALLED)
 
 # What OpenCV 4 computes of the stock cfgs, for tests/test_opencv.py; its own environment, as OpenCV 5 reads no cfg.
 opencv-reference: .opencv-venv/.installed
-	.opencv-venv/bin/python tests/opencv_reference.py
+	.opencv-venv/bin/python -m tests.opencv_reference
 
 .opencv-venv/.installed:
 	$(PYTHON) -m venv .opencv-venv

@@ -5,10 +5,10 @@
 Reads $DARKSLIM_DATA/datasets/bccd through utils.convert: 292 training and 72 test pictures, 4,886 boxes.
 """
 
-import os
 import sys
 from pathlib import Path
 
+from benchmarks.real_data import real_data
 from utils.annotations import Choice
 from utils.annotations_voc import read_voc
 from utils.convert import convert, report
@@ -18,7 +18,7 @@ NAMES = ("RBC", "WBC", "Platelets")
 
 def write_bccd(target: Path) -> Path:
     """Write the dataset below `target` and return its .data file."""
-    source = Path(os.environ.get("DARKSLIM_DATA", "../shared/data")).resolve() / "datasets/bccd/BCCD"
+    source = real_data() / "datasets/bccd/BCCD"
     data, writer = convert(read_voc(source, Choice()), target, name="bccd", names=NAMES)
     print(report(writer))
     return data

@@ -7,23 +7,22 @@ measures the growth of the process's peak as well. Writes benchmarks/memory.md a
 official cfgs ($DARKSLIM_DATA).
 """
 
-import os
 import resource
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.real_data import real_data
 from benchmarks.report import write_report
 from models import Darknet, load_cfg
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.memory"
-CFGS = Path(os.environ.get("DARKSLIM_DATA", "../shared/data")) / "darknet/official-cfg"
+CFGS = real_data() / "darknet/official-cfg"
 SIZES = {"yolov4": 608, "yolov3": 416, "yolov4-tiny": 416, "yolov7": 640, "yolov4-p6": 1280}
 MEGABYTE = 2**20
 

@@ -1,7 +1,7 @@
-"""The two protocols by which trainings on BCCD are compared: from scratch, batch 16, judged after the last epoch.
+"""The two protocols by which trainings on small sets are compared: from scratch, batch 16, judged after the last epoch.
 
-full: 320x320, 60 epochs; short: 256x256, 30 epochs. 292 pictures to train on, 72 to test. The recipe is train.py's, but
-for CLASS_GAIN.
+full: 320x320, 60 epochs; short: 256x256, 30 epochs. BCCD has 292 pictures to train on, 72 to test. The recipe is
+train.py's, but for CLASS_GAIN.
 """
 
 import json

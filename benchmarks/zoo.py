@@ -38,10 +38,10 @@ NETWORKS = {
 }
 
 
-def write_cfg(name: str, protocol: str, data: Path) -> Path:
-    """Compose a network at the protocol's size."""
+def write_cfg(name: str, protocol: str, data: Path, *, folder: Path = WORK) -> Path:
+    """Compose a network at the protocol's size in `folder`."""
     side = PROTOCOLS[protocol].side
-    target = WORK / f"{slug(name)}-{side}.cfg"
+    target = folder / f"{slug(name)}-{side}.cfg"
     flags = [*shlex.split(NETWORKS[name]), "--data", str(data), "--img-size", str(side), "-o", str(target)]
     target.write_text(compose(make_compose_parser().parse_args(flags)))
     return target

@@ -37,7 +37,19 @@ class Convolution(nn.Module):
         self.conv, self.bn, self.activation, self.blur = conv, bn, activation, blur
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blur(self.activation(self.bn(self.conv(x))))
+        return self.blur(self.activation(self.bn(self._convolved(x))))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """Convolve; strided and large depthwise windows in float32, also where the CPU computes in bfloat16.
+
+        Their gradients take oneDNN several times to a hundred times as long in bfloat16.
+        """
+        conv = self.conv
+        is_slow = conv.groups == conv.in_channels > 1 and (max(conv.stride) > 1 or max(conv.kernel_size) > 3)
+        if not (is_slow and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+            return conv(x)
+        with torch.autocast("cpu", enabled=False):
+            return conv(x.float()).to(torch.get_autocast_dtype("cpu"))
 
     def fuse(self) -> None:
         """Fold the batch normalisation into the convolution, whose quantised weights are baked before."""

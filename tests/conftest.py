@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.real_data import real_data
 from utils import cli
 from utils.scenes import write_dataset
 
@@ -27,10 +27,10 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Give the folder of real weights, pictures and references, or skip."""
-    folder = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
+    folder = real_data()
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder} (set DARKSLIM_DATA)")
-    return folder.resolve()
+    return folder
 
 
 @pytest.fixture(scope="session")

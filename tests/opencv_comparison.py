@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +10,10 @@ import numpy as np
 import opencv_reference
 import torch
 
+from benchmarks.real_data import real_data
 from models import Darknet, load_weights, parse
 
-DATA = opencv_reference.ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
+DATA = real_data()
 COMPUTED, SHARED = opencv_reference.OUTPUT, DATA / "reference/opencv_seeded"
 
 

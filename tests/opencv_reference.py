@@ -10,7 +10,6 @@ about five minutes and, for the largest network, 4 GB of memory. Needs the cfgs 
 
 import hashlib
 import json
-import os
 import re
 import struct
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.real_data import ROOT, real_data
+
 OUTPUT = ROOT / "tests/.opencv"
 SEED = 1234
 GAMMAS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of batch normalisation: the first that keeps the heads out of saturation
@@ -142,7 +142,7 @@ def is_lively(text: str, maps: dict[str, np.ndarray]) -> bool:
 
 def main() -> None:
     """Compute every reference, and write what was done to manifest.json."""
-    data = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
+    data = real_data()
     picture = cv2.imread(str(data / PICTURE))
     if picture is None:
         raise SystemExit(f"{data / PICTURE}: cannot be read (set DARKSLIM_DATA)")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from utils.findings import KINDS, find, gather, nearest, suggest_anchors
+from utils.labels import check_labels
+from utils.log import DataError
 from utils.survey import difference_hash, look, survey
 
 
@@ -53,6 +55,17 @@ def dataset(tmp_path: Path) -> Dataset:
     (tmp_path / "d.names").write_text("cat\ndog\n")
     (tmp_path / "d.data").write_text("classes=2\ntrain=train.txt\nvalid=valid.txt\nnames=d.names\n")
     return made
+
+
+def refused(dataset: Dataset) -> list[str]:
+    """Give what training says of the dataset, with paths shortened."""
+    mistakes = []
+    for split in ("train", "valid"):
+        try:
+            check_labels(dataset.folder / f"{split}.txt", 2)
+        except DataError as error:
+            mistakes += str(error).replace(f"{dataset.folder}/", "").splitlines()
+    return mistakes
 
 
 def test_a_healthy_dataset_has_no_findings(dataset: Dataset) -> None:
@@ -112,6 +125,30 @@ def test_images_and_labels_that_are_not_there_or_broken(dataset: Dataset) -> Non
         "unlabelled": ["images/bare.png"],
         "orphan": ["labels/orphan.txt"],
     }
+
+
+def test_what_training_refuses_of_ignore_files_is_told_with_its_line(dataset: Dataset) -> None:
+    (dataset.folder / "ignore").mkdir()
+    good = "-1 0.5 0.5 0.2 0.2 region\n1 0.5 0.5 0.2 0.2 crowd\n\n"
+    (dataset.folder / "ignore/a.txt").write_text(f"{good}0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.2 0.2 crowd\n")
+    (dataset.folder / "ignore/v.txt").write_bytes(b"\xff\xfe")
+    (dataset.folder / "ignore/b.txt").write_text(good)
+    texts = [
+        "ignore/a.txt:4: expected class x y w h and one of crowd, difficult, region, gets '0 0.5 0.5 0.2 0.2'",
+        "ignore/a.txt:5: class 2 is out of range (the names file has 2: 0 to 1)",
+        "ignore/v.txt: is not a text file",
+    ]
+    assert dataset.found() == {"ignore": texts}
+    assert refused(dataset) == texts
+
+
+def test_a_split_without_any_label_file(dataset: Dataset) -> None:
+    (dataset.folder / "labels/v.txt").unlink()
+    found = dataset.found()
+    text = "no image has a label file (expected one like labels/v.txt)"
+    assert found.pop("bare") == [f"valid: {text}"]
+    assert found == {"unlabelled": ["images/v.png"], "absent": ["valid: cat", "valid: dog"]}
+    assert refused(dataset) == [f"valid.txt: {text}"]
 
 
 def test_a_class_that_a_split_lacks(dataset: Dataset) -> None:
@@ -235,4 +272,4 @@ def test_mistakes_in_the_command_are_status_2(command, tmp_path: Path) -> None:
 
 def test_the_table_of_kinds_tells_problems_from_oddities() -> None:
     problems = {kind for kind, each in KINDS.items() if each.is_problem}
-    assert problems == {"list", "missing", "corrupt", "line", "class", "degenerate", "outside", "leaked"}
+    assert problems == set("list missing corrupt line class degenerate outside ignore bare leaked".split())

@@ -273,6 +273,8 @@ def test_unfit_flags_are_refused(words: str, message: str, call) -> None:
         ("--anchors 1,2,3", r"expected 6 pairs of width and height for --head yolov3-tiny, gets 3 numbers"),
         ("--anchors 1,2,3,4,5,6,7,8,9,10,11,0", "expected sizes above 0"),
         ("--anchors 1,2,3,4,5,6,7,8,9,10,11,nan", "expected sizes above 0"),
+        ("--anchors 1,2,3,4,5,6,7,8,9,10,11,65537", "expected sizes above 0 and up to 65536"),
+        ("--anchors 1,2,3,4,5,6,7,8,9,10,11,1e9999", "expected sizes above 0 and up to 65536"),
         ("--anchors visdron", "expected auto, numbers or 'visdrone', gets 'visdron'"),
         ("--head yolov3 --anchors oxfordhand", r"oxfordhand: has 6 anchors \(expected 9 for --head yolov3\)"),
     ],
@@ -280,6 +282,15 @@ def test_unfit_flags_are_refused(words: str, message: str, call) -> None:
 def test_unfit_anchors_are_refused(words: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         text_of(*TINY, "--classes", 1, *words.split())
+
+
+@pytest.mark.parametrize(("head", "most"), [("yolov3-tiny", 21840), ("yolov3", 21840)])
+def test_as_many_classes_as_a_head_has_channels_for(head: str, most: int) -> None:
+    words = ("--backbone", "darknet-tiny" if head == "yolov3-tiny" else "darknet53", "--head", head, "--classes")
+    assert built(text_of(*words, most)).classes == most
+    for more in (most + 1, 10**9):
+        with pytest.raises(DataError, match=rf"^--classes: expected at most {most} classes for --head {head}$"):
+            text_of(*words, more)
 
 
 def test_anchors_from_data_without_a_training_list(tmp_path: Path) -> None:

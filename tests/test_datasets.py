@@ -26,6 +26,7 @@ from utils.datasets import (
 )
 from utils.labels import Labelled
 from utils.log import DataError
+from utils.odds import image_odds
 from utils.recipe import Recipe
 
 SIZE = (64, 96)
@@ -207,6 +208,61 @@ def test_an_epoch_has_every_picture_once(count: int, size: int, is_rectangular: 
         orders.append([key.index for batch in found for key in batch])
     if count > size:  # a single rectangular batch is sorted by shape
         assert orders[0] != orders[1]
+
+
+RARE = [
+    np.array([[label, 0.5, 0.5, 1, 1] for label in labels], np.float32).reshape(-1, 5)
+    for labels in [(0,)] * 6 + [(0, 1), (1,), (2, 0), ()]
+]
+
+
+@pytest.mark.parametrize("is_rectangular", [False, True])
+@pytest.mark.parametrize("power", [0.5, 1])
+def test_a_rare_class_comes_as_often_as_its_weight_says(power: float, is_rectangular: bool) -> None:
+    weights = np.array([1 / 8] * 6 + [1 / 2, 1 / 2, 1, 1 / 8]) ** power  # class 0 in 8 pictures, 1 in 2, 2 in 1
+    shapes = np.random.default_rng(0).integers(10, 500, (10, 2))
+    sampler = batches(shapes, 4, is_rectangular=is_rectangular, odds=image_odds(RARE, power))
+    counts, epochs = np.zeros(10), 2000
+    for sampler.epoch in range(epochs):
+        found = [key for batch in sampler for key in batch]
+        assert len(found) == 10
+        assert len(set(found)) == 10  # a picture that comes again is another sample
+        counts += np.bincount([key.index for key in found], minlength=10)
+    np.testing.assert_allclose(counts / counts.sum(), weights / weights.sum(), atol=0.01)
+
+
+def test_power_0_leaves_the_order_as_it_is() -> None:
+    assert image_odds(RARE, 0) is None
+    order = np.random.default_rng([3, 5]).permutation(10).tolist()
+    assert [key for batch in batches([(9, 9)] * 10, 4, epoch=5) for key in batch] == [
+        Key(index, 5, SIZE, False) for index in order
+    ]
+
+
+def test_without_a_box_every_picture_is_as_likely() -> None:
+    np.testing.assert_allclose(image_odds([np.zeros((0, 5), np.float32)] * 4, 1), [0.25, 0.5, 0.75, 1])
+
+
+@pytest.mark.parametrize("is_rectangular", [False, True])
+def test_processes_share_a_weighted_epoch_out(is_rectangular: bool) -> None:
+    settings = {"epoch": 1, "is_rectangular": is_rectangular, "odds": image_odds(RARE, 1)}
+    shapes = np.random.default_rng(0).integers(10, 500, (10, 2))
+    parts = [list(batches(shapes, 2, rank=rank, world=2, **settings)) for rank in (0, 1)]
+    whole = list(batches(shapes, 4, **settings))
+    assert [(batch[0::2], batch[1::2]) for batch in whole] == list(zip(*parts, strict=True))
+
+
+def test_a_picture_that_comes_again_is_augmented_anew(labelled: Labelled) -> None:
+    pictures, key = Pictures(labelled, recipe=RECIPE), Key(1, 4, SIZE, False)
+    assert differ(pictures[key], pictures[key._replace(repeat=1)])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(mosaic=1), Recipe(mosaic=0, mixup=1)])
+def test_mosaic_and_mixup_draw_by_weight_too(labelled: Labelled, recipe: Recipe) -> None:
+    certain = np.array([0, 0, 0, 0, 1.0])  # draws picture 4 alone
+    pictures = Pictures(labelled, recipe=recipe, odds=certain)
+    found = [pictures[Key(1, epoch, SIZE, True)].targets[:, 0] for epoch in range(8)]
+    assert set(torch.cat(found).tolist()) == {1, 4}
 
 
 def test_another_seed_is_another_order() -> None:

@@ -4,7 +4,6 @@ Networks are built and run on the meta device, which allocates nothing. The muta
 chance, so that every run tries the same files.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,17 +12,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import CFGS, INVALID, ROOT
+from networks import CFGS, INVALID
 
+from benchmarks.real_data import real_data
 from models import Cfg, CfgError, Darknet, dump, parse
 from models.cfg import Mistake
 from models.layers import SECTIONS
 from models.macros import MACROS
 from utils import lint
 
-DATA = ROOT / os.environ.get("DARKSLIM_DATA", "../shared/data")
 SECONDS = 20  # for one cfg, which takes a fraction of one; beyond it hangs
-SOURCES = [path for path in [*CFGS, *INVALID, *sorted(DATA.glob("darknet/**/*.cfg"))] if path.stat().st_size < 6000]
+SOURCES = [
+    path for path in [*CFGS, *INVALID, *sorted(real_data().glob("darknet/**/*.cfg"))] if path.stat().st_size < 6000
+]
 
 VALUES = """0 1 -1 2 3 5 7 13 64 255 1000 65535 65536 65537 2147483647 2147483648 -2147483649 99999999999999999999 1e3
     1e39 -1e39 1e-45 0.5 .5 5. 1.5.2 nan inf -inf 0x10 1_000 ８ ² none linear mish swish true , ,, 1, ,1 1,2 -1,-2

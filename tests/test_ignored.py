@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.confusion import confuse
 from utils.evaluate import Evaluation, judge
 from utils.ignored import drop_covered
 from utils.labels import IGNORED_KINDS, Labelled, check_labels, merge_classes
@@ -89,6 +90,46 @@ def test_a_difficult_object_need_not_be_found() -> None:
 def test_a_true_detection_in_a_crowd_stays_true() -> None:
     evaluation = judged([(0, 0, 0, 200, 100, "crowd")], found((110, 50, 20, 20), 0.9))
     assert (evaluation.map50, evaluation.recall) == pytest.approx((1, 1))
+
+
+CROWD, DIFFICULT = (0, 100, 40, 80, 50, "crowd"), (0, 10, 50, 40, 40, "difficult")
+CONFUSED = [  # truth, ignored, detections, matrix
+    (
+        CAT,
+        [CROWD],
+        [HIT, found((110, 50, 20, 20), 0.9), found((150, 60, 8, 8), 0.7)],
+        [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ),
+    (CAT, [DIFFICULT], [HIT, found((10, 50, 40, 36), 0.9)], [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
+    (CAT, [DIFFICULT], [HIT, found((20, 60, 10, 10), 0.9)], [[1, 0, 0], [0, 0, 0], [1, 0, 0]]),  # too small for it
+    (CAT, [DIFFICULT], [HIT], [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),  # need not be found
+    (CAT, [CROWD], [HIT, found((110, 50, 20, 20), 0.9, 1)], [[1, 0, 0], [0, 0, 0], [0, 1, 0]]),  # of another class
+    (CAT, [(-1, *CROWD[1:])], [HIT, found((110, 50, 20, 20), 0.9, 1)], [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
+    (CAT, [(*CAT, "crowd")], [HIT], [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),  # a true one stays true
+    ((1, *CAT[1:]), [(*CAT, "crowd")], [HIT], [[0, 0, 0], [0, 0, 1], [0, 0, 0]]),  # a cat of the crowd, not the dog
+    ((1, *CAT[1:]), [], [HIT], [[0, 0, 0], [1, 0, 0], [0, 0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("truth", "ignored", "results", "matrix"), CONFUSED)
+def test_what_is_ignored_stands_nowhere_in_the_confusion_matrix(truth, ignored, results, matrix) -> None:
+    assert confuse(results, one_image([truth], ignored), 2, confidence=0.1).tolist() == matrix
+
+
+def test_the_confusion_matrix_excuses_what_the_table_does() -> None:
+    """False positives of a class are its column without the diagonal, in a set with all kinds of ignored things."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        spots = [(int(generator.integers(2)), x, 0, 18, 40) for x in range(0, 200, 20)]
+        kinds = generator.permutation(["truth"] * 5 + ["crowd", "crowd", "difficult", "difficult", "air"])
+        truths = [spot for spot, kind in zip(spots, kinds, strict=True) if kind == "truth"]
+        ignored = [(*spot, kind) for spot, kind in zip(spots, kinds, strict=True) if kind in IGNORED_KINDS]
+        results = [found(spot[1:], 0.5, spot[0]) for spot in spots]
+        evaluation = judge(results, one_image(truths, ignored), ("cat", "dog"), max_det=100)
+        matrix = confuse(results, one_image(truths, ignored), 2, confidence=0.5)
+        for label, score in enumerate(evaluation.per_class.values()):
+            if score.truths:
+                assert matrix[label, label] / max(matrix[:, label].sum(), 1) == pytest.approx(score.precision)
 
 
 def test_regions_take_out_what_lies_to_one_half_inside() -> None:

@@ -63,6 +63,7 @@ FLOORS = {
     "utils/labels.py": 5,
     "utils/assignment.py": 5,
     "utils/loss.py": 5,
+    "utils/odds.py": 5,
     "utils/picture_cache.py": 5,
     "utils/bench.py": 6,
     "utils/compensate.py": 6,

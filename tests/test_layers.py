@@ -9,9 +9,11 @@ import pytest
 import torch
 from networks import CFGS, SHIPPED, build, name, random, run
 from numpy_reference import convolve, max_pool, sigmoid
+from torch import nn
 
 from models import Darknet, load_cfg
 from models.activations import ACTIVATIONS
+from models.layers_conv import Convolution
 
 
 @pytest.mark.parametrize("H", [5, 8])
@@ -232,3 +234,22 @@ def test_every_layer_has_the_size_it_declares(path: Path) -> None:
             block.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
         model(torch.zeros(1, model.channels, *model.size))
     assert shapes == [(1, layer.channels, *layer.size) for layer in model.layers]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "groups", "is_exact"), [(3, 2, 8, True), (5, 1, 8, True), (3, 1, 8, False), (3, 2, 1, False)]
+)
+def test_depthwise_windows_that_are_slow_in_bfloat16_are_computed_in_float32(
+    size: int, stride: int, groups: int, is_exact: bool
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, size, stride, size // 2, groups=groups, bias=False)
+    module = Convolution(conv, nn.Identity(), nn.Identity(), nn.Identity())
+    x = torch.randn(2, 8, 16, 16, dtype=torch.bfloat16)
+    exact = conv(x.float())
+    assert torch.equal(module(x.float()), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.bfloat16()) == is_exact
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)

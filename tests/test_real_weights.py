@@ -1,4 +1,4 @@
-"""Real weights against what OpenCV 4.14 and the original Darknet (59596d78) make of them; see ../shared/data/README.md.
+"""Real weights against what OpenCV 4.14 and the original Darknet (59596d78) make of them; see $DARKSLIM_DATA/README.md.
 
 The two differ: Darknet's batch normalisation has an epsilon of 1e-5, OpenCV's and ours 1e-6; Darknet stretches pictures
 between the centres of the corner pixels; OpenCV zeroes scores under 0.2 and lists rows by (row, column, anchor).

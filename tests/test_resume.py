@@ -25,7 +25,7 @@ from utils.runs import Run
 ROOT = Path(__file__).resolve().parent.parent
 CFG = ROOT / "tests/fixtures/tiny.cfg"
 HYPS = {"ema": "min_steps=1\n", "no-ema": "min_steps=1\nema_decay=0\n"}  # and two batches a step
-CLOSING = "close_mosaic=0.5\nmixup=0.5\n"  # mosaic in the first half alone
+CLOSING = "close_mosaic=0.5\nmixup=0.5\nimage_weights=1\n"  # mosaic in the first half alone
 
 
 def train(*flags: object) -> None:

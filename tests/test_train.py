@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._inductor.exc import CppCompileError
+from torch._inductor.graph import GraphLowering
 
 from models import load_cfg, load_model
 from models.weights import load_checkpoint, save_checkpoint
@@ -222,6 +224,25 @@ def test_without_a_compiler_compile_says_so(command, scenes, monkeypatch):
     assert outcome.status == 2
     reason = "Failed to find C++ compiler"
     assert outcome.err.splitlines()[-1] == f"--compile: torch.compile does not work here: {reason} (leave it out)"
+
+
+@pytest.mark.parametrize("is_backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiler_that_fails_on_the_network_alone_says_so(command, scenes, tmp_path, monkeypatch, is_backward):
+    real = GraphLowering.compile_to_module
+
+    def fail(graph: GraphLowering) -> object:
+        if graph.is_backward == is_backward and len(graph.graph.nodes) > 20:  # compile_model's try is smaller
+            raise CppCompileError(["c++"], "no such instruction")
+        return real(graph)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiler"))
+    monkeypatch.setattr(GraphLowering, "compile_to_module", fail)
+    torch._dynamo.reset()  # it keeps what it compiled for other networks of the same code
+    outcome = command("train", *flags(scenes, "--compile", "--epochs", 1))
+    assert outcome.status == 2
+    reason = "C++ compile error"
+    assert outcome.err.splitlines()[-1] == f"--compile: torch.compile does not work here: {reason} (leave it out)"
+    assert "Traceback" not in outcome.err
 
 
 def test_one_class(command, scenes, tmp_path):

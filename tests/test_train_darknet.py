@@ -31,6 +31,21 @@ def test_the_cfg_says_how_long_and_how_fast(command, scenes, tmp_path):
     assert load_checkpoint(tmp_path / "runs/run/last.pt")["settings"]["batch_size"] == 4
 
 
+@pytest.mark.parametrize(("letter_box", "is_told"), [(0, True), (1, False)])
+def test_who_learned_from_stretched_pictures_is_told_to_stretch(command, scenes, tmp_path, letter_box, is_told):
+    cfg = write_cfg(tmp_path / "a.cfg", f"{NET}letter_box={letter_box}\n")
+    flags = ("--recipe", "darknet", "--cfg", cfg, "--data", scenes, "--workers", 0, "--device", "cpu", "--epochs", 1)
+    assert command("train", *flags, "--name", "run", "--notest").status == 0
+    weights = ("--weights", "runs/run/last.pt", "--device", "cpu")
+    line = "runs/run/last.pt learned from stretched pictures, as Darknet's recipe makes them: give --stretch\n"
+    pictures = scenes.parent / "images/valid"
+    for script, *more in (("test", "--noplots", "--workers", 0), ("detect", "--source", pictures)):
+        plain, stretched = command(script, *weights, *more), command(script, *weights, *more, "--stretch")
+        assert plain.status == stretched.status == 0
+        assert plain.out.count(line) == is_told
+        assert "give --stretch" not in stretched.out
+
+
 def test_without_max_batches_epochs_are_asked_for(command, scenes, tmp_path):
     flags = ("--recipe", "darknet", "--cfg", write_cfg(tmp_path / "a.cfg", NET), "--data", scenes, "--device", "cpu")
     outcome = command("train", *flags)
@@ -40,8 +55,7 @@ def test_without_max_batches_epochs_are_asked_for(command, scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_yolov3_tiny_learns_blood_cells(command, shared_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("DARKSLIM_DATA", str(shared_data))
+def test_yolov3_tiny_learns_blood_cells(command, shared_data, tmp_path):
     text = (ROOT / "cfg/yolov3-tiny.cfg").read_text()
     for old, new in (
         ("classes=80", "classes=3"),

@@ -21,6 +21,7 @@ SMALLEST = 1 / 512  # of a picture's side, where the axes of sizes begin
 NAMED = len(COLOURS)  # classes that get a colour and a name of their own; more are grey together
 NUMBERED = 25  # classes whose confusion matrix has room for numbers
 NAME_LENGTH = 20  # letters of a class name
+STRIDES = (8, 16, 32)  # pixels a cell of the usual heads
 DPI = 100
 
 
@@ -114,10 +115,11 @@ def _draw_sides(axes: Axes, splits: Mapping[str, Labelled], side: int, anchors: 
     """Draw widths against heights of boxes in pixels of the network input, with anchors and the cells of heads."""
     sides = box_sizes(next(iter(splits.values())), (side, side))
     axes.hist2d(*sides.clip(1, side).T, bins=np.geomspace(1, side, 41), cmap="cividis", norm=PowerNorm(0.4))
-    for stride in (8, 16, 32):
+    for stride in STRIDES:
         axes.plot([1, stride, stride], [stride, stride, 1], color="white", linewidth=0.8, linestyle=":")
     axes.scatter(*np.array(anchors, float).reshape(-1, 2).T, marker="x", color=COLOURS[5], label="anchors")
-    axes.set(title=f"boxes at {side}; dotted: cells of 8, 16, 32", xlabel="width in pixels", ylabel="height in pixels")
+    cells = ", ".join(map(str, STRIDES))
+    axes.set(title=f"boxes at {side}; dotted: cells of {cells}", xlabel="width in pixels", ylabel="height in pixels")
     axes.set(xscale="log", yscale="log", aspect="equal", xlim=(1, side), ylim=(1, side))
     axes.legend(loc="upper left")
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .charts import draw_overview
+from .charts import STRIDES, draw_overview
 from .cli import make_parser, run, side
-from .findings import DOT, KINDS, STRIDES, describe_split, find, gather, suggest_anchors
+from .findings import DOT, KINDS, describe_split, find, gather, suggest_anchors
 from .lists import load_data
 from .log import DataError, log
 from .runs import new_folder

@@ -149,6 +149,9 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
         trained, source = trained or tuple(str(index) for index in range(model.classes)), weights
     check_model(model, trained, source)
     log.info("%s with %s: %d classes", cfg.path, weights, model.classes)
+    match checkpoint.get("recipe"):
+        case {"distortion": {"keeps_shape": False}} if not args.stretch:
+            log.info("%s learned from stretched pictures, as Darknet's recipe makes them: give --stretch", weights)
     return Detector(model, trained, data)
 
 

@@ -18,7 +18,9 @@ import torch
 
 from models import Darknet, parse
 from models.cfg import suggest
+from models.darknet import MAX_SIDE as MAX_ANCHOR
 from models.darknet import count_parameters
+from models.layer import MAX_FILTERS
 
 from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
 from .cli import MAX_SIDE, make_parser, positive, run
@@ -50,6 +52,9 @@ def compose(args: argparse.Namespace) -> str:
     data = load_data(args.data) if args.data else None
     classes = len(data.names) if data else args.classes
     anchors, masks = _anchors(args, head, data)
+    most = MAX_FILTERS // max(mask.count(",") + 1 for mask in masks) - 5  # a box and its objectness beside the classes
+    if classes > most:
+        raise DataError(f"{args.data or '--classes'}: expected at most {most} classes for --head {args.head}")
     yolos = [
         {"mask": mask, "anchors": anchors, "classes": classes, "num": head.anchors}
         | head.keys
@@ -214,8 +219,8 @@ def _numbers(text: str, args: argparse.Namespace) -> np.ndarray:
         raise DataError(
             f"--anchors: expected {count} pairs of width and height for --head {args.head}, gets {len(values)} numbers"
         )
-    if not all(0 < value < math.inf for value in values):
-        raise DataError(f"--anchors: expected sizes above 0, gets {text!r}")
+    if not all(0 < value <= MAX_ANCHOR for value in values):
+        raise DataError(f"--anchors: expected sizes above 0 and up to {MAX_ANCHOR}, gets {text!r}")
     return np.array(values).reshape(-1, 2)
 
 

@@ -1,7 +1,7 @@
 """From a `.data` file to batches: lists of images, checked labels, and a loader.
 
-A batch is asked for by keys: (index, epoch, size, mosaic or not). All randomness of a sample comes from the seed, the
-epoch and the index, so workers hold no state and a resumed training sees what an uninterrupted one sees.
+A batch is asked for by keys: (index, epoch, size, mosaic or not, repeat). All randomness of a sample comes from the
+seed and the key, so workers hold no state and a resumed training sees what an uninterrupted one sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,18 +23,20 @@ from .darknet_augment import distorted
 from .darknet_recipe import Distortion
 from .labels import Labelled
 from .log import DataError
+from .odds import draw, occurrences
 from .picture_cache import fill_cache, read_cached
 from .pictures import read_picture
 from .recipe import Recipe
 
 
 class Key(NamedTuple):
-    """What one sample of a batch is to be."""
+    """What one sample of a batch is to be; `repeat` counts how often the picture came before in its epoch."""
 
     index: int
     epoch: int
     size: tuple[int, int]
     is_mosaic: bool
+    repeat: int = 0
 
 
 class Item(NamedTuple):
@@ -62,7 +64,10 @@ class Batch(NamedTuple):
 
 @dataclass
 class Pictures(Dataset[Item]):
-    """The samples of a checked list. With a `recipe`, ours or Darknet's, they are augmented, else only fitted."""
+    """The samples of a checked list. With a `recipe`, ours or Darknet's, they are augmented, else only fitted.
+
+    `odds` are those by which mosaic and mixup choose further pictures, as in `TrainingBatches`.
+    """
 
     labelled: Labelled
     channels: int = 3
@@ -71,6 +76,7 @@ class Pictures(Dataset[Item]):
     is_stretched: bool = False
     cache: dict[int, np.ndarray] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)  # of the cache on disk
+    odds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labelled.paths)
@@ -120,15 +126,15 @@ class Pictures(Dataset[Item]):
 
     def _augmented(self, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray, Fit]:
         assert self.recipe is not None
-        generator = np.random.default_rng([self.seed, key.epoch, key.index])
+        generator = np.random.default_rng([self.seed, key.epoch, key.index, key.repeat])
         if isinstance(self.recipe, Distortion):
             load = partial(self._load, size=key.size)
             sample = distorted(load, key.index, len(self), key.size, self.recipe, generator)
             return *sample, Fit(key.size, (1, 1), (0, 0))
         sample = self._composed(key, self.recipe, generator)
         if key.is_mosaic and generator.random() < self.recipe.mixup:
-            other = Key(int(generator.integers(len(self))), key.epoch, key.size, key.is_mosaic)
-            sample = mixup(sample, self._composed(other, self.recipe, generator), generator)
+            (other,) = self._others(1, generator)
+            sample = mixup(sample, self._composed(key._replace(index=other), self.recipe, generator), generator)
         picture = jitter_colour(sample[0], self.recipe, generator)
         sample = flip((picture, sample[1], sample[2]), self.recipe, generator)
         return *sample, Fit(key.size, (1, 1), (0, 0))
@@ -136,9 +142,14 @@ class Pictures(Dataset[Item]):
     def _composed(self, key: Key, recipe: Recipe, generator: np.random.Generator) -> Sample:
         sample = self._load(key.index, key.size)
         if key.is_mosaic and generator.random() < recipe.mosaic:
-            others = [self._load(int(i), key.size) for i in generator.integers(len(self), size=3)]
+            others = [self._load(index, key.size) for index in self._others(3, generator)]
             sample = mosaic([sample, *others], key.size, generator)
         return random_affine(sample, key.size, recipe, generator)
+
+    def _others(self, count: int, generator: np.random.Generator) -> list[int]:
+        if self.odds is None:
+            return generator.integers(len(self), size=count).tolist()
+        return draw(self.odds, count, generator).tolist()
 
 
 @dataclass
@@ -147,7 +158,8 @@ class TrainingBatches(Sampler[list[Key]]):
 
     `sizes` are the network sizes to choose from, one draw for `held` batches. Where `is_rectangular`, the pictures of a
     batch are alike in shape, the network size is just what they need, and there is no mosaic. Of several processes each
-    gets every `world`-th picture of a batch that is `world` times as large, and at least one.
+    gets every `world`-th picture of a batch that is `world` times as large, and at least one. With `odds`, see
+    odds.py, an epoch draws as many pictures as there are, each time from all of them.
     """
 
     shapes: np.ndarray
@@ -161,13 +173,15 @@ class TrainingBatches(Sampler[list[Key]]):
     held: int = 1  # batches for which a drawn size holds
     rank: int = 0
     world: int = 1
+    odds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-len(self.shapes) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.shapes))
+        count = len(self.shapes)
+        order = generator.permutation(count) if self.odds is None else draw(self.odds, count, generator)
         together = self.batch_size * self.world
         starts = np.arange(0, len(order), together)
         ratios = self.shapes[:, 0] / self.shapes[:, 1]
@@ -175,16 +189,20 @@ class TrainingBatches(Sampler[list[Key]]):
             order = order[np.argsort(ratios[order], kind="stable")]
             starts = generator.permutation(starts)
         is_mosaic = not self.is_rectangular and self.epoch < self.mosaic_epochs
+        repeats = occurrences(order)
         for number, start in enumerate(starts):
-            chosen = order[start : start + together]
+            places = np.arange(count)[start : start + together]
             if number % self.held == 0:
                 drawn = self.sizes[generator.integers(len(self.sizes))]
             size = drawn
             if self.is_rectangular:
-                size = rectangle(ratios[chosen], size, self.stride)
-            if len(chosen) < self.world:
-                chosen = np.resize(chosen, self.world)  # repeats them
-            yield [Key(int(index), self.epoch, size, is_mosaic) for index in chosen[self.rank :: self.world]]
+                size = rectangle(ratios[order[places]], size, self.stride)
+            if len(places) < self.world:
+                places = np.resize(places, self.world)  # repeats them
+            yield [
+                Key(int(order[place]), self.epoch, size, is_mosaic, repeats[place])
+                for place in places[self.rank :: self.world]
+            ]
 
 
 def evaluation_batches(

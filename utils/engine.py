@@ -2,13 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -138,9 +139,22 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except (RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"--compile: torch.compile does not work here: {reason} (leave it out)") from None
+        raise DataError(_no_compiler(error)) from None
     model.compile()
+
+
+@contextmanager
+def _naming_compiler() -> Iterator[None]:
+    """Name --compile where the compiler fails: the try of `compile_model` is small, the network comes with a batch."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise DataError(_no_compiler(getattr(error, "inner_exception", error))) from None
+
+
+def _no_compiler(error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"--compile: torch.compile does not work here: {reason} (leave it out)"
 
 
 def distribute(model: Darknet, device: torch.device) -> nn.Module:
@@ -185,7 +199,7 @@ def train_one_epoch(
             freeze(trainer.scheduler.last_epoch)
         makes_step = (number + 1) % accumulate == 0 or number + 1 == steps
         first = number - number % accumulate
-        with nullcontext() if makes_step else hold_back():
+        with _naming_compiler(), nullcontext() if makes_step else hold_back():
             loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
             _check_finite(loss, f"{title}, batch {number + 1}")
             trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()

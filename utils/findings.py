@@ -9,7 +9,7 @@ import torch
 from torchvision.ops import box_convert, box_iou
 
 from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
-from .charts import count_classes
+from .charts import STRIDES, count_classes
 from .lists import label_path
 from .recipe import Recipe
 from .survey import Look, orphans, readable
@@ -18,7 +18,6 @@ ALIKE = 24  # of 128 bits, up to which two pictures look alike; measured: docs/d
 REPEATED_IOU = 0.95  # from which two boxes of one class are one object labelled twice
 PAST = 0.005  # of a picture's side that a box may reach past its border, rounding aside
 BLOCK = 2048  # pictures compared with all others at once
-STRIDES = (8, 16, 32)  # pixels a cell of the usual heads
 DOT = 2  # pixels, under which a box holds nothing to learn
 
 
@@ -37,6 +36,8 @@ KINDS = {
     "class": Kind("boxes of a class that there is not", True),
     "degenerate": Kind("boxes without an area", True),
     "outside": Kind("boxes with their centre outside the image, or in pixels", True),
+    "ignore": Kind("lines of ignore files that are no `class x y w h kind`", True),
+    "bare": Kind("splits without any label file", True),
     "leaked": Kind("images of valid that are in train too", True),
     "alike": Kind("images of valid that look like one in train"),
     "copy": Kind("images that stand twice in a split"),
@@ -54,6 +55,8 @@ def find(splits: Mapping[str, list[Look]], names: tuple[str, ...], size: tuple[i
     for split, looks in splits.items():
         for each in looks:
             yield from _in_one(each, size)
+        if not any(each.has_labels for each in looks):
+            yield "bare", f"{split}: no image has a label file (expected one like {label_path(looks[0].path)})"
         yield from _copies(split, looks)
         counts = count_classes(readable(looks), len(names))
         yield from (("absent", f"{split}: {name}") for name, count in zip(names, counts, strict=True) if not count)

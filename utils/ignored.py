@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
 from .labels import IGNORED_KINDS, Labelled
@@ -52,6 +53,23 @@ def ignored_truths(labelled: Labelled, classes: int) -> list[dict[str, Any]]:
                 truth = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
                 annotations.append({**truth, "iscrowd": 1, "is_difficult": kind == DIFFICULT})
     return annotations
+
+
+def fall_on_ignored(results: list[dict[str, Any]], labelled: Labelled, classes: int, *, iou: float) -> np.ndarray:
+    """Tell which detections (COCO results) [N] fall on a crowd or a difficult object of their class."""
+    places: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, result in enumerate(results):
+        places[result["image_id"], result["category_id"]].append(place)
+    truths: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for truth in ignored_truths(labelled, classes):
+        truths[truth["image_id"], truth["category_id"]].append(truth)
+    falls = np.zeros(len(results), bool)
+    for key in places.keys() & truths.keys():
+        boxes = [results[place]["bbox"] for place in places[key]]
+        is_crowd = [not truth["is_difficult"] for truth in truths[key]]
+        overlaps = mask.iou(boxes, [truth["bbox"] for truth in truths[key]], is_crowd)  # [detections, truths]
+        falls[places[key]] = overlaps.max(1) >= iou
+    return falls
 
 
 class Judge(COCOeval):

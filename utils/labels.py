@@ -72,7 +72,11 @@ def check_labels(source: str | Path, classes: int) -> Labelled:
             stamps.append(stamp)
             sizes.append(size)
             labels.append(unique)
-    ignored = [_check_ignore_file(ignore_path(path), classes, mistakes) for path in paths]
+    ignored = []
+    for path in paths:
+        rows, wrong = check_ignore_file(path, classes)
+        ignored.append(rows)
+        mistakes += wrong
     if missing == len(paths):
         mistakes.append(f"{source}: no image has a label file (expected one like {label_path(paths[0])})")
     if mistakes:
@@ -114,21 +118,26 @@ def _check_label_file(path: Path, classes: int) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, np.float32).reshape(-1, 5), mistakes
 
 
-def _check_ignore_file(path: Path | None, classes: int, mistakes: list[str]) -> np.ndarray:
-    rows = []
-    if path and path.is_file():
-        for number, line in enumerate(read_lines(path), start=1):
-            if not line.strip():
-                continue
-            *words, kind = line.split()
-            row, problem = check_words(words, classes, lowest=-1)
-            if kind not in IGNORED_KINDS:
-                problem = f"expected class x y w h and one of {', '.join(IGNORED_KINDS)}, gets {line!r}"
-            if problem:
-                mistakes.append(f"{path}:{number}: {problem}")
-            else:
-                rows.append([*row, IGNORED_KINDS.index(kind)])
-    return np.array(rows, np.float64).reshape(-1, 6)
+def check_ignore_file(image: str, classes: int) -> tuple[np.ndarray, list[str]]:
+    """Read what evaluation ignores of an image, [n, 6] as in `Labelled`, and what is wrong with the file."""
+    path, lines = ignore_path(image), []
+    rows, mistakes = [], []
+    try:
+        lines = read_lines(path) if path and path.is_file() else []
+    except DataError as error:
+        mistakes.append(str(error))
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        *words, kind = line.split()
+        row, problem = check_words(words, classes, lowest=-1)
+        if kind not in IGNORED_KINDS:
+            problem = f"expected class x y w h and one of {', '.join(IGNORED_KINDS)}, gets {line!r}"
+        if problem:
+            mistakes.append(f"{path}:{number}: {problem}")
+        else:
+            rows.append([*row, IGNORED_KINDS.index(kind)])
+    return np.array(rows, np.float64).reshape(-1, 6), mistakes
 
 
 def check_words(words: Sequence[str], classes: int, *, lowest: int = 0) -> tuple[list[float], str]:

@@ -19,6 +19,7 @@ BOUNDS = {  # of the numbers that are not simply 0 or more
     **dict.fromkeys(("nominal_batch", "min_steps"), (1, 10**9)),
     **dict.fromkeys(("degrees", "shear"), (0, 90)),
     "scale": (0, 0.99),
+    "image_weights": (0, 10),
 }
 
 
@@ -45,6 +46,7 @@ class Recipe:
     neighbours: float = 0.5  # cells answer for centres this far (in cells) outside, at most as far as decode reaches
     top_matches: int = 0  # cells and anchors that answer for a box at most, the best predicting ones; 0: all
     label_smoothing: float = 0.0
+    image_weights: float = 0.0  # power by which pictures of rare classes are drawn more often; 0: each once an epoch
     mosaic: float = 1.0  # probability
     close_mosaic: float = 0.3  # last fraction of the epochs, which see whole images
     mixup: float = 0.0  # probability

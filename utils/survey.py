@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .labels import Labelled, check_words
+from .labels import Labelled, check_ignore_file, check_words
 from .lists import label_path, list_images, read_lines
 from .log import DataError
 from .pictures import check_picture
@@ -26,7 +26,7 @@ REDUCED = 512  # pixels of the shorter side, from where an eighth of them is eno
 
 
 class Mistake(NamedTuple):
-    """A label line that training refuses: which sort of mistake, and file, line and reason."""
+    """A line of a label or ignore file that training refuses: which sort of mistake, and file, line and reason."""
 
     kind: str
     text: str
@@ -68,6 +68,7 @@ def look(path: str, classes: int) -> Look:
     content = hashlib.blake2b(data.data, digest_size=16).digest()
     likeness = None if problem else difference_hash(data, size)
     rows, lines, mistakes = _read_labels(label_path(path), classes)
+    mistakes += tuple(Mistake("ignore", text) for text in check_ignore_file(path, classes)[1])
     return Look(path, size, problem, content, likeness, label_path(path).is_file(), rows, lines, mistakes)
 
 

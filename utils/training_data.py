@@ -12,6 +12,7 @@ from .datasets import Pictures, TrainingBatches
 from .labels import Labelled, check_labels, merge_classes
 from .lists import DataSpec
 from .log import DataError, log
+from .odds import image_odds
 from .schedule import AnyRecipe, batches_per_step
 from .train_flags import BATCH_SIZE, EPOCHS
 
@@ -62,7 +63,8 @@ def training_pictures(
     `source` is the list of images, beside which --cache-images disk keeps them.
     """
     is_darknet, together = isinstance(recipe, DarknetRecipe), args.batch_size * dist.world_size()
-    pictures = Pictures(train_set, model.channels, recipe.distortion if is_darknet else recipe, args.seed)
+    odds = None if is_darknet else image_odds(train_set.labels, recipe.image_weights)
+    pictures = Pictures(train_set, model.channels, recipe.distortion if is_darknet else recipe, args.seed, odds=odds)
     if args.cache_images == "disk":
         pictures.cache_on_disk(Path(f"{source}.pictures"), sizes[-1])
     elif args.cache_images:
@@ -81,6 +83,7 @@ def training_pictures(
         held=held,
         rank=dist.rank(),
         world=dist.world_size(),
+        odds=odds,
     )
     return pictures, batches
 
