@@ -20,13 +20,14 @@ from utils.bench import Bench, make_bench
 from utils.device import autocast_type, seed_everything, select_device
 from utils.evaluate import Settings
 from utils.guard import TOLERATED, verdict
-from utils.log import DataError, log
-from utils.prune import mask
+from utils.log import DataError, log, start_logging
+from utils.prune import find_groups, mask
 from utils.prune_flags import parse_args
 from utils.prune_report import Pruning, layer_rows, network_row, summary_table, write_report
 from utils.residual_blocks import Block, choose_blocks, remove_blocks
 from utils.scores import Evaluation
-from utils.slimming import Goal, Step, cut_once, make_goal, safe_share
+from utils.sensitivity import measure_sensitivity, write_sensitivity
+from utils.slimming import Goal, Step, cut_once, make_goal, rank_groups, safe_share
 from utils.tuning import tune
 
 SEARCHED = 200  # validation pictures that judge what is only compared
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.device)
     paths = output_paths(args)
     detector = cli.open_detector(args)
+    start_logging(tells_cfg=False)  # what the cfg's copies set aside has been told
     model = detector.model
     settings = Settings(
         cli.network_size(model, args.img_size),
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)
     words = shlex.join(["normal_prune.py", *(sys.argv[1:] if argv is None else argv)])
     blocks = choose_blocks(model, args.layers) if args.layers else []
-    step = cut_in_steps(args, model, blocks, bench, path=str(paths["cfg"]), note=f"pruned by: {words}")
+    start = remove_blocks(model, blocks, path=model.cfg.path) if blocks else model
+    if args.sensitivity:
+        explore(args, start, bench, paths["report"])
+    step = cut_in_steps(args, start, bench, path=str(paths["cfg"]), note=f"pruned by: {words}")
     evaluations = judge(args, model, step, bench) if bench.valid else [None] * 3
     if not bench.valid:
         log.info("no --data with valid= is given: nothing is tested, and the network may be a ruin")
@@ -88,13 +93,8 @@ def check_needs(args: Namespace, bench: Bench) -> None:
                 raise DataError(f"{flag}: needs --data with {split}=")
 
 
-def cut_in_steps(
-    args: Namespace, model: Darknet, blocks: Sequence[Block], bench: Bench, *, path: str, note: str
-) -> Step:
-    """Take blocks out, then cut in steps of one share each, with a short training between two; give the last step."""
-    start = remove_blocks(model, blocks, path=model.cfg.path) if blocks else model
-    if args.sensitivity:
-        explore(args, start, bench)
+def cut_in_steps(args: Namespace, start: Darknet, bench: Bench, *, path: str, note: str) -> Step:
+    """Cut in steps of one share each, with a short training between two, and give the last step."""
     goal = make_goal(args, start, bench)
     goal = Goal(goal.kind, goal.share ** (1 / args.iterative), goal.flag)
     step = cut_once(args, goal, start, bench, path=path, notes=[note])
@@ -105,8 +105,13 @@ def cut_in_steps(
     return step
 
 
-def explore(args: Namespace, model: Darknet, bench: Bench) -> None:
-    """Measure and draw how sensitive every set of layers is."""
+def explore(args: Namespace, model: Darknet, bench: Bench, folder: Path) -> None:
+    """Measure and draw what mAP every set of layers costs that is cut alone."""
+    groups = find_groups(model, is_approximate=args.approximate)
+    values = rank_groups(args, model, groups, bench)
+    rows = measure_sensitivity(model, groups, values, lambda network: bench.judge(network, SEARCHED).map50)
+    write_sensitivity(rows, folder)
+    log.info("wrote sensitivity.json and .png")
 
 
 def judge(args: Namespace, model: Darknet, step: Step, bench: Bench) -> list[Evaluation]:

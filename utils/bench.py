@@ -14,6 +14,7 @@ from .datasets import Batch, Pictures, evaluation_batches, make_loader, to_input
 from .evaluate import Settings, evaluate
 from .labels import Labelled, check_labels, merge_classes
 from .log import DataError
+from .recipe import Recipe
 from .scores import Evaluation
 from .timing import Timing, paired_ms
 
@@ -42,20 +43,23 @@ class Bench:
         """Time forward passes of one picture in turn."""
         return paired_ms(models, self.settings.size, ROUNDS, device=self.device)
 
-    def batches(self, channels: int, images: int) -> Iterator[Batch]:
-        """Give training pictures as they are, unaugmented and spread over all."""
+    def batches(self, model: Darknet, images: int) -> Iterator[Batch]:
+        """Give training pictures, spread over all, as the last epochs of a training see them: without mosaic.
+
+        Statistics of pictures as they are tested on lose more: slim-m on BCCD 2 points of mAP@.5 against 0.3.
+        """
         assert self.train is not None
-        labelled = spread(self.train, images)
-        size, batch_size = self.settings.size, self.settings.batch_size
-        keys = evaluation_batches(labelled.sizes, batch_size, size, 1, is_rectangular=False)
-        for batch in make_loader(Pictures(labelled, channels), keys, workers=self.settings.workers):
+        labelled, settings = spread(self.train, images), self.settings
+        pictures = Pictures(labelled, model.channels, Recipe())
+        keys = evaluation_batches(labelled.sizes, settings.batch_size, settings.size, 1, is_rectangular=False)
+        for batch in make_loader(pictures, keys, workers=settings.workers):
             if batch.problem:
                 raise DataError(batch.problem)
             yield batch
 
-    def inputs(self, channels: int, images: int) -> Iterator[Tensor]:
+    def inputs(self, model: Darknet, images: int) -> Iterator[Tensor]:
         """Give training pictures as inputs [B, C, H, W]."""
-        for batch in self.batches(channels, images):
+        for batch in self.batches(model, images):
             yield to_input(batch.pictures, self.device)
 
 

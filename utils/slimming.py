@@ -134,7 +134,7 @@ def make_work(
         constants = compensate(model, compact, groups, keep)
         error = difference(with_constants(model, groups, keep, constants), compact)
     if args.recalibrate and bench.train:
-        recalibrate(compact.to(bench.device), bench.inputs(model.channels, args.recalibrate))
+        recalibrate(compact.to(bench.device), bench.inputs(model, args.recalibrate))
         compact.cpu()
     return error
 
@@ -184,6 +184,6 @@ def _losses(model: Darknet, bench: Bench, recipe: Recipe, count: int) -> Iterato
     """Give the loss of one batch of training pictures after another."""
     step_loss = make_step_loss(model, model, recipe, bench.device, bench.dtype)
     model.to(bench.device).eval()
-    for batch in bench.batches(model.channels, count * bench.settings.batch_size):
+    for batch in bench.batches(model, count * bench.settings.batch_size):
         yield step_loss(to_input(batch.pictures, bench.device), batch.targets.to(bench.device))[0]
     model.cpu()
