@@ -153,52 +153,60 @@ def test_macros_are_written_out(tmp_path: Path) -> None:
     check_exact(model, blocks[:1], tmp_path)
 
 
-def test_the_mean_gamma_of_what_is_added_ranks() -> None:
-    model = seeded(ROOT / "cfg/ghostnet-yolov3.cfg")
+def fill(model: Darknet, **gammas: float) -> None:
+    """Set every γ of layers, named `_index`; the other layers keep 1."""
+    for key, value in gammas.items():
+        model.layers[int(key[1:])].module.bn.weight.data.fill_(value)
+
+
+def test_blocks_rank_by_what_they_add_to_their_stream() -> None:
+    """γ² of a body over the sum of γ² before it: later blocks of a stream weigh less, and no sign counts."""
+    model = built(PLAIN + CONV + ADD + CONV + CONV + ADD)  # bodies 1, 3 on the stream of 0; 6 on that of 5
+    fill(model, _0=2, _1=-4, _3=5, _5=10, _6=6)
     blocks = find_blocks(model)
-    for place, block in enumerate(blocks):
-        primary, cheap = (model.layers[i].module.bn.weight.data for i in (block.last - 3, block.last - 2))
-        assert primary.shape == cheap.shape  # the two halves of a ghost module
-        primary.fill_(-place % 5)
-        cheap.fill_(-2.0 - place % 5)
-        expected = ((-place % 5) + 2 + place % 5) / 2
-        assert importance_of(model, block) == pytest.approx(expected)
-    importance = [importance_of(model, block) for block in choose_blocks(model, len(blocks))]
-    assert importance == sorted(importance)
-    assert len(set(importance)) > 1
+    assert [block.last for block in blocks] == [2, 4, 7]
+    assert importance_of(model, blocks) == pytest.approx([16 / 4, 25 / 20, 36 / 100])
+    assert [block.last for block in choose_blocks(model, 3)] == [7, 4, 2]
+    fill(model, _0=0, _1=0, _3=1)
+    assert [block.last for block in choose_blocks(model, 3)] == [2, 7, 4]  # nothing on nothing, and all of a stream
+
+
+def test_both_halves_of_a_ghost_module_count() -> None:
+    model = seeded(ROOT / "cfg/ghostnet-yolov3.cfg")
+    block = find_blocks(model)[0]
+    for index, value in ((block.first - 1, 2), (block.last - 3, 3), (block.last - 2, 1)):  # primary, cheap
+        model.layers[index].module.bn.weight.data.fill_(value)
+    assert importance_of(model, [block]) == pytest.approx((9 + 1) / 2 / 4)
+
+
+def test_of_a_concatenation_wide_parts_count_more() -> None:
+    narrow, wide = CONV.replace("filters=8", "filters=2"), CONV.replace("filters=8", "filters=6")
+    model = built(CONV + narrow + wide + "[route]\nlayers=-2,-1\n[shortcut]\nfrom=0\n")
+    fill(model, _1=4, _2=2)
+    assert importance_of(model, [Block(1, 4)]) == pytest.approx((2 * 16 + 6 * 4) / 8)
 
 
 def test_a_body_that_no_normalisation_ends_goes_last() -> None:
-    """Neither what stands before a convolution with a bias nor what shares its tensors tells how much is added."""
+    """What stands before a convolution with a bias does not tell how much is added."""
     biased = CONV.replace("batch_normalize=1\n", "")
-    shared = CONV + "share_index=1\n"
-    adds = "[shortcut]\nfrom=-3\nactivation=linear\n"
-    model = built(PLAIN + CONV + biased + adds + CONV + ADD)
-    with torch.no_grad():
-        model.layers[1].module.bn.weight.fill_(3)
-        model.layers[6].module.bn.weight.fill_(2)
-    assert [block.last for block in choose_blocks(model, 3)] == [7, 2, 5]
-    assert np.isnan(importance_of(model, Block(3, 5)))
-    model = built(CONV + CONV + CONV + shared + adds)
-    assert np.isnan(importance_of(model, Block(2, 4)))
-    assert find_blocks(model) == [Block(2, 4)]
+    model = built(PLAIN + CONV + CONV + CONV + biased + "[shortcut]\nfrom=-3\n" + CONV + CONV + ADD)
+    fill(model, _1=9)
+    assert [block.last for block in choose_blocks(model, 3)] == [10, 2, 7]
+    assert np.isnan(importance_of(model, find_blocks(model))).tolist() == [False, True, False]
 
 
 def test_a_gate_is_not_what_is_added() -> None:
     """Squeeze and excitation at the end of a body: the convolution that it opens counts."""
     model = built(CONV + CONV + "[se]\nreduction=2\n[shortcut]\nfrom=0\n")
-    with torch.no_grad():
-        model.layers[1].module.bn.weight.fill_(0.25)
-    (block,) = find_blocks(model)
-    assert importance_of(model, block) == pytest.approx(0.25)
+    fill(model, _1=0.5)
+    assert importance_of(model, find_blocks(model)) == pytest.approx([0.25])
 
 
-def test_what_the_body_reads_is_not_what_is_added() -> None:
-    model = built(CONV + CONV + "[sam]\nfrom=0\n[shortcut]\nfrom=0\n")
-    with torch.no_grad():
-        model.layers[0].module.bn.weight.fill_(9)
-        model.layers[1].module.bn.weight.fill_(0.25)
-    assert importance_of(model, Block(1, 3)) == pytest.approx(0.25)
+def test_shared_tensors_count_as_their_owner() -> None:
+    model = built(CONV + CONV + CONV + CONV + "share_index=1\n[shortcut]\nfrom=-3\n")
+    fill(model, _1=3, _2=5)
+    assert find_blocks(model) == [Block(2, 4)]
+    assert importance_of(model, [Block(2, 4)]) == pytest.approx([1])
 
 
 def test_no_more_blocks_than_there_are() -> None:

@@ -17,7 +17,7 @@ from models.cfg import Section, parse
 from models.layer import Rules
 from models.layers_merge import Shortcut
 
-from .importance import norms
+from .importance import Values, norms
 from .log import DataError
 
 
@@ -50,22 +50,17 @@ def find_blocks(model: Darknet) -> list[Block]:
     return blocks
 
 
-def importance_of(model: Darknet, block: Block) -> float:
-    """Give the mean |γ| of the batch normalisations that write what the shortcut adds, NaN where there is none.
+def importance_of(model: Darknet, blocks: Sequence[Block]) -> Values:
+    """Give what every block adds relative to what it is added to, NaN where batch normalisation does not tell.
 
-    They are the last ones of the body on every way back from the shortcut (a ghost module has two); a gate's own layers
-    do not count. A criterion of groups could not tell blocks apart: a group of a residual stream is in all of them.
+    A normalised channel has the variance γ²: a body adds the mean γ² of its last normalisations to a stream that holds
+    the sum of those before it. On GhostNet-YOLOv3 trained on BCCD the three blocks that cost mAP come last in this
+    order; by mean |γ| alone the one that costs most came first. Criteria of groups cannot tell blocks apart: a group of
+    a stream is in all of them.
     """
-    gammas = {index: norm.weight.detach().abs() for index, norm in norms(model)}
-    found, ways = [], {block.last - 1}
-    while ways:
-        index = ways.pop()
-        layer = model.layers[index]
-        if index in gammas:
-            found.append(gammas[index])
-        elif not layer.tensors and layer.owner is None:
-            ways |= {each for each in layer.inputs if each >= block.first}
-    return float(torch.cat(found).mean()) if found else float("nan")
+    powers = np.array(_powers(model))
+    added, stream = powers[[block.last - 1 for block in blocks]], powers[[block.first - 1 for block in blocks]]
+    return added / np.maximum(stream, 1e-30)  # sparse training may leave nothing of a stream
 
 
 def choose_blocks(model: Darknet, count: int) -> list[Block]:
@@ -77,8 +72,9 @@ def choose_blocks(model: Darknet, count: int) -> list[Block]:
             f"--layers {count}: {model.cfg.path} has {number} that can go (a body that only its [shortcut] reads,"
             " which adds it to the layer before it)"
         )
-    importance = np.array([importance_of(model, block) for block in blocks])
-    return [blocks[place] for place in np.argsort(importance, kind="stable")[:count]]  # NaN is sorted last
+    return [
+        blocks[place] for place in np.argsort(importance_of(model, blocks), kind="stable")[:count]
+    ]  # NaN is sorted last
 
 
 def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: Sequence[str] = ()) -> Darknet:
@@ -105,6 +101,27 @@ def kept_layers(model: Darknet, blocks: Sequence[Block]) -> NDArray[np.bool_]:
     for block in blocks:
         is_kept[block.first : block.last + (not block.is_activated)] = False
     return is_kept
+
+
+def _powers(model: Darknet) -> list[float]:
+    """Give the mean γ² that makes every layer's output: of a sum the sum, of others the mean of what is known."""
+    gammas = {index: float(norm.weight.detach().square().mean()) for index, norm in norms(model)}
+    powers: list[float] = []
+    for index, layer in enumerate(model.layers):
+        inputs = np.array([powers[i] if i >= 0 else np.nan for i in layer.inputs])
+        known = ~np.isnan(inputs)
+        if index in gammas:
+            power = gammas[index]
+        elif layer.owner is not None:
+            power = powers[layer.owner]
+        elif isinstance(layer.module, Shortcut):
+            power = inputs.sum()
+        elif layer.tensors or not known.any():  # a convolution with a bias, a gate
+            power = np.nan
+        else:
+            power = np.average(inputs[known], weights=[model.layers[i].channels for i in np.array(layer.inputs)[known]])
+        powers.append(float(power))
+    return powers
 
 
 def _adds_like(model: Darknet, block: Block) -> bool:
