@@ -38,13 +38,15 @@ def run_protocol(
     hyp: str = "",
     flags: Sequence[str] = (),
     threads: int | None = None,
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """Train in runs/`name`, unless that is done already, and return the last line of its metrics.
 
-    `threads` leaves cores to trainings beside it; `hyp` holds lines for --hyp, and the flags of train.py come on top of
+    `threads` leaves cores to trainings beside it, `epochs` is another number than the protocol's; `hyp` holds lines for --hyp, and the flags of train.py come on top of
     the protocol's.
     """
-    side, epochs, batch = PROTOCOLS[protocol]
+    side, all_epochs, batch = PROTOCOLS[protocol]
+    epochs = epochs or all_epochs
     folder = Path("runs") / name
     if not (rows := _metrics(folder)) or rows[-1]["epoch"] < epochs:
         shutil.rmtree(folder, ignore_errors=True)
