@@ -223,7 +223,7 @@ def _draw_channels(axes: Axes, rows: Sequence[LayerRow]) -> None:
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(ScalarFormatter())
     room = 2 if len(rows) <= FLAT or len(rows) > UPRIGHT else 6  # times the widest layer, for the numbers above it
-    axes.set_ylim(max(1, min(row.after or row.before for row in rows) / 2), room * max(row.before for row in rows))
+    axes.set_ylim(min(row.after or row.before for row in rows) / 2, room * max(row.before for row in rows))
     axes.set_title("channels of every layer that has a width of its own", loc="left")
     axes.legend(**BESIDE_TITLE)
     if len(rows) <= UPRIGHT:

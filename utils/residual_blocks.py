@@ -72,9 +72,8 @@ def choose_blocks(model: Darknet, count: int) -> list[Block]:
             f"--layers {count}: {model.cfg.path} has {number} that can go (a body that only its [shortcut] reads,"
             " which adds it to the layer before it)"
         )
-    return [
-        blocks[place] for place in np.argsort(importance_of(model, blocks), kind="stable")[:count]
-    ]  # NaN is sorted last
+    order = np.argsort(importance_of(model, blocks), kind="stable")  # NaN is sorted last
+    return [blocks[place] for place in order[:count]]
 
 
 def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: Sequence[str] = ()) -> Darknet:
