@@ -42,8 +42,8 @@ def run_protocol(
 ) -> dict[str, Any]:
     """Train in runs/`name`, unless that is done already, and return the last line of its metrics.
 
-    `threads` leaves cores to trainings beside it, `epochs` is another number than the protocol's; `hyp` holds lines for --hyp, and the flags of train.py come on top of
-    the protocol's.
+    `threads` leaves cores to trainings beside it, `epochs` is another number than the protocol's; `hyp` holds lines for
+    --hyp, and the flags of train.py come on top of the protocol's.
     """
     side, all_epochs, batch = PROTOCOLS[protocol]
     epochs = epochs or all_epochs
