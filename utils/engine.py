@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,23 +201,26 @@ def train_one_epoch(
         first = number - number % accumulate
         with _naming_compiler(), nullcontext() if makes_step else hold_back():
             loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
-            _check_finite(loss, f"{title}, batch {number + 1}")
+            values = _finite_values({"loss": loss, **parts}, f"{title}, batch {number + 1}")
             trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()
         if makes_step:
             _step(trainer, after_backward)
-        for name, part in {"loss": loss, **parts}.items():
-            sums[name] += float(part.detach())
+        for name, value in values.items():
+            sums[name] += value
         progress.set_postfix({name: f"{total / (number + 1):.3g}" for name, total in sums.items()})
     means = dist.averages([total / steps for total in sums.values()])
     return dict(zip(sums, means, strict=True))
 
 
-def _check_finite(loss: Tensor, where: str) -> None:
-    if not math.isfinite(value := loss.item()):
+def _finite_values(parts: Mapping[str, Tensor], where: str) -> dict[str, float]:
+    """Fetch the loss and its parts from the device at one go. Raises DataError unless the loss is finite."""
+    values = dict(zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist(), strict=True))
+    if not math.isfinite(values["loss"]):
         raise DataError(
-            f"{where}: the loss is {value}; the last checkpoint is kept (lower --lr, or look at the labels of this"
-            " batch)"
+            f"{where}: the loss is {values['loss']}; the last checkpoint is kept (lower --lr, or look at the labels of"
+            " this batch)"
         )
+    return values
 
 
 def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
