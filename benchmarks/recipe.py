@@ -45,10 +45,7 @@ CHANGES: dict[str, str] = {
     "warm-up of 1 epoch": "warmup_epochs=1",
     "AdamW": "--adam",
     "multi-scale": "--multi-scale",
-    "class gain 8": "class_gain=8",
     "fp32": "--precision fp32",
-    "learning rate 0.01": "lr=0.01",
-    "box gain 8": "box_gain=8",
     "image weights for rare classes": "image_weights=1",
 }
 ON_RACCOONS = (
