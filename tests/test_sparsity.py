@@ -21,7 +21,7 @@ from utils.engine import Trainer, distribute, make_trainer, start_sparsity, trai
 from utils.gamma_charts import draw_gammas
 from utils.log import DataError
 from utils.recipe import Recipe
-from utils.sparsity import ARRIVAL, EDGES, HARMLESS, Plan, Sparsity, travels
+from utils.sparsity import ARRIVAL, EDGES, HARMLESS, Penalty, Sparsity, travels
 
 CPU = torch.device("cpu")
 HEAD = "[yolo]\nclasses=1\nanchors=10,10, 20,20, 30,30\nmask=0,1,2\nnum=3\n"
@@ -61,7 +61,7 @@ def gamma_of(model: Darknet, layer: int = 0) -> Tensor:
     return model.blocks[layer].bn.weight
 
 
-def wide(plan: Plan, each: list[float]) -> tuple[Darknet, Sparsity]:
+def wide(plan: Penalty, each: list[float]) -> tuple[Darknet, Sparsity]:
     """Give a network of 100 free channels, whose γ are .005, .015, … .995, and its sparsity."""
     model = Darknet(parse(WIDE))
     gamma_of(model).data = torch.arange(100) / 100 + 0.005
@@ -73,7 +73,7 @@ def wide(plan: Plan, each: list[float]) -> tuple[Darknet, Sparsity]:
 
 def test_the_subgradient_is_added_where_a_channel_is_free() -> None:
     model = Darknet(parse(PARTLY))
-    sparsity = Sparsity(model, Plan(s=0.5), [1.0])
+    sparsity = Sparsity(model, Penalty(s=0.5), [1.0])
     assert sparsity.count == 6
     with torch.no_grad():
         gamma_of(model)[-6:] = torch.tensor([0.3, -0.3, 0.0, 2.0, -1e-9, 1.0])
@@ -92,7 +92,7 @@ def test_a_group_counts_with_its_largest_gamma() -> None:
         gamma_of(model, 0).fill_(0.3)
         gamma_of(model, 1).copy_(torch.linspace(-0.5, 0.49, 100))
     expected = gamma_of(model, 1).detach().abs().clamp_min(0.3)
-    np.testing.assert_allclose(Sparsity(model, Plan(), [1.0]).gammas(), expected, rtol=1e-7)
+    np.testing.assert_allclose(Sparsity(model, Penalty(), [1.0]).gammas(), expected, rtol=1e-7)
 
 
 def train_by_nothing(trainer: Trainer, network: torch.nn.Module, *, batches: int, accumulate: int, pull: float) -> None:
@@ -115,7 +115,7 @@ def moved_gamma(*, batches: int, accumulate: int, pull: float = 0.0, is_scaled: 
     trainer = make_trainer(model, recipe, epochs=1, steps=-(-batches // accumulate), device=CPU, dtype=torch.float32)
     for group in trainer.optimizer.param_groups:
         group.update(momentum=0, nesterov=False)
-    trainer = start_sparsity(trainer, Plan(s=0.02), model, recipe, epochs=1, steps=1, first=0)
+    trainer = start_sparsity(trainer, Penalty(s=0.02), model, recipe, epochs=1, steps=1, first=0)
     if is_scaled:
         trainer = replace(trainer, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     train_by_nothing(trainer, distribute(model, CPU), batches=batches, accumulate=accumulate, pull=pull)
@@ -154,10 +154,10 @@ def test_two_processes_draw_as_one(tmp_path) -> None:
 
 def test_frozen_layers_do_not_count() -> None:
     model = Darknet(parse(WIDE.replace("[convolutional]\nfilters=18", f"{CONV}[convolutional]\nfilters=18")))
-    assert Sparsity(model, Plan(), [1.0]).count == 108
-    assert Sparsity(model, Plan(), [1.0], first=1).count == 8
+    assert Sparsity(model, Penalty(), [1.0]).count == 108
+    assert Sparsity(model, Penalty(), [1.0], first=1).count == 8
     with pytest.raises(DataError, match="no channel with a batch normalisation that learns may be pruned"):
-        Sparsity(model, Plan(), [1.0], first=2)
+        Sparsity(model, Penalty(), [1.0], first=2)
 
 
 # Schedules
@@ -170,12 +170,12 @@ def strengths(sparsity: Sparsity, epoch: int) -> list[float]:
 
 def test_schedules() -> None:
     each = [1.0] * 4
-    _, constant = wide(Plan(0.5), each)
+    _, constant = wide(Penalty(0.5), each)
     assert strengths(constant, 3) == [0.5] * 100
-    _, falling = wide(Plan(0.5, "global", turn=2), each)
+    _, falling = wide(Penalty(0.5, "global", turn=2), each)
     assert strengths(falling, 1) == [0.5] * 100
     assert strengths(falling, 2) == [0.005] * 100
-    model, local = wide(Plan(0.5, "local", turn=2, target=0.7), each)
+    model, local = wide(Penalty(0.5, "local", turn=2, target=0.7), each)
     assert strengths(local, 1) == [0.5] * 100
     assert strengths(local, 2) == [0.5] * 70 + [0.005] * 30
     gamma_of(model).data = gamma_of(model).data.flip(0)  # the strengths follow the weights alone
@@ -187,7 +187,7 @@ def test_schedules() -> None:
 
 def test_figures_of_an_epoch() -> None:
     """γ falls by s · travel / 2 an epoch: the loss takes half back."""
-    model, sparsity = wide(Plan(s=0.1), [1.0, 1.0, 2.0])
+    model, sparsity = wide(Penalty(s=0.1), [1.0, 1.0, 2.0])
     sparsity.begin(0)
     gamma_of(model).data = (gamma_of(model).data - 0.05).clamp_min(0)
     row = sparsity.finish(0)
@@ -203,16 +203,16 @@ def test_figures_of_an_epoch() -> None:
 
 
 def test_a_large_s_is_called_too_large() -> None:
-    model, sparsity = wide(Plan(s=0.1, target=0.3), [1.0, 9.0])
+    model, sparsity = wide(Penalty(s=0.1, target=0.3), [1.0, 9.0])
     sparsity.begin(0)
     gamma_of(model).data = (gamma_of(model).data - 0.05).clamp_min(0)
     assert "; s is too large: at this pace 51% by the end, wanted 30%" in sparsity.describe(sparsity.finish(0))
-    _, sparsity = wide(Plan(s=0.1), [1.0] * 5)
+    _, sparsity = wide(Penalty(s=0.1), [1.0] * 5)
     assert "too" not in sparsity.describe(sparsity.finish(0) | {"end": 0.55})
 
 
 def test_the_forecast_knows_the_schedule() -> None:
-    model, sparsity = wide(Plan(0.1, "global", turn=1), [1.0, 1.0, 1.0])
+    model, sparsity = wide(Penalty(0.1, "global", turn=1), [1.0, 1.0, 1.0])
     sparsity.begin(0)
     gamma_of(model).data = (gamma_of(model).data - 0.1).clamp_min(0)
     assert sparsity.finish(0)["end"] == 0.11  # 2 · .001 are to go; s in full would have .2
@@ -237,13 +237,13 @@ def test_how_far_an_epoch_moves_what_nothing_holds(recipe, expected) -> None:
 
 
 def test_auto_begins_with_the_strength_that_would_do_alone() -> None:
-    _, sparsity = wide(Plan(None, target=0.5), [1.0] * 10)
+    _, sparsity = wide(Penalty(None, target=0.5), [1.0] * 10)
     quantile = np.quantile(np.arange(100) / 100 + 0.005, 0.5)
     assert sparsity.s == pytest.approx((quantile - HARMLESS) / round(ARRIVAL * 10), rel=1e-6)
 
 
 def test_auto_goes_up_where_the_loss_resists_and_down_when_it_is_there() -> None:
-    model, sparsity = wide(Plan(None), [1.0] * 10)
+    model, sparsity = wide(Penalty(None), [1.0] * 10)
     before = sparsity.s
     sparsity.begin(0)
     sparsity.finish(0)  # nothing has moved
@@ -256,9 +256,9 @@ def test_auto_goes_up_where_the_loss_resists_and_down_when_it_is_there() -> None
 
 
 def test_auto_can_begin_where_its_target_is_reached() -> None:
-    model, _ = wide(Plan(), [1.0])
+    model, _ = wide(Penalty(), [1.0])
     gamma_of(model).data[:70] = 0
-    sparsity = Sparsity(model, Plan(None), [1.0] * 10)
+    sparsity = Sparsity(model, Penalty(None), [1.0] * 10)
     assert sparsity.s == HARMLESS / 10
     sparsity.finish(0)
     assert sparsity.s == HARMLESS / 10
@@ -274,7 +274,7 @@ def test_auto_can_begin_where_its_target_is_reached() -> None:
 def test_auto_reaches_its_target(resistance, schedule, target) -> None:
     """A loss that pulls every γ up by a random amount, under a learning rate that falls."""
     model, epochs = Darknet(parse(WIDE)), 20
-    sparsity = Sparsity(model, Plan(None, schedule, 2, target), list(np.linspace(4, 0.2, epochs)))
+    sparsity = Sparsity(model, Penalty(None, schedule, 2, target), list(np.linspace(4, 0.2, epochs)))
     pulls = torch.rand(100, generator=torch.Generator().manual_seed(0)) * resistance
     for epoch in range(epochs):
         sparsity.begin(epoch)

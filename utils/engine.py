@@ -25,7 +25,7 @@ from .datasets import Item, to_input
 from .log import DataError
 from .loss import detection_loss
 from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
-from .sparsity import Plan, Sparsity, travels
+from .sparsity import Penalty, Sparsity, travels
 
 MAX_GRADIENT = 10.0  # norm that gradients are clipped to by our recipe
 
@@ -85,7 +85,7 @@ def make_trainer(
 
 
 def start_sparsity(
-    trainer: Trainer, plan: Plan | None, model: Darknet, recipe: AnyRecipe, *, epochs: int, steps: int, first: int
+    trainer: Trainer, plan: Penalty | None, model: Darknet, recipe: AnyRecipe, *, epochs: int, steps: int, first: int
 ) -> Trainer:
     """Let a trainer draw γ to zero as `plan` says, but for the `first` layers, which are frozen."""
     if not plan:

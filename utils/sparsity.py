@@ -33,7 +33,7 @@ CHANGE = 2.0  # factor by which s changes at most from one epoch to the next
 
 
 @dataclass(frozen=True)
-class Plan:
+class Penalty:
     """What sparse training is to do: a penalty of strength `s`, None to steer it to a share `target` of the groups.
 
     After `turn` epochs s falls to RELIEF of itself, by the schedule "global" everywhere, by "local" for the largest
@@ -54,7 +54,7 @@ class Sparsity:
     DataError where nothing may be pruned.
     """
 
-    def __init__(self, model: Darknet, plan: Plan, travels: Sequence[float], *, first: int = 0) -> None:
+    def __init__(self, model: Darknet, plan: Penalty, travels: Sequence[float], *, first: int = 0) -> None:
         groups = find_groups(model)
         found = prunable_norms(model, groups)
         lines = [groups.group[groups.lines[index]] for index, *_ in found]

@@ -12,7 +12,7 @@ from .darknet_recipe import read_darknet_recipe
 from .log import DataError, log
 from .recipe import Recipe, load_recipe
 from .schedule import AnyRecipe
-from .sparsity import SCHEDULES, Plan
+from .sparsity import SCHEDULES, Penalty
 
 EPOCHS, BATCH_SIZE = 300, 16
 OURS = "hyp lr adam multi_scale rect".split()  # flags that mean nothing where the cfg is the recipe
@@ -92,7 +92,7 @@ def make_recipe(args: argparse.Namespace, cfg: Cfg, resumed: dict[str, Any]) -> 
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
 
 
-def make_plan(args: argparse.Namespace) -> Plan | None:
+def make_plan(args: argparse.Namespace) -> Penalty | None:
     """Give what -sr is to do, None without it, and say it. Raises DataError for an --sr-epoch that never comes."""
     if not args.sparsity_regularization:
         return None
@@ -103,7 +103,7 @@ def make_plan(args: argparse.Namespace) -> Plan | None:
         raise DataError(f"--sr-epoch {turn}: expected fewer than the {args.epochs} epochs of the training")
     after = "" if schedule == "constant" else f" from epoch {turn + 1} on"
     log.info("sparse training: --s %s, --sr-schedule %s%s, --sr-target %g", args.s, schedule, after, args.sr_target)
-    return Plan(None if is_auto else args.s, schedule, turn, args.sr_target)
+    return Penalty(None if is_auto else args.s, schedule, turn, args.sr_target)
 
 
 def _schedule(args: argparse.Namespace) -> str:
