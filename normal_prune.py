@@ -9,8 +9,9 @@ operations, size, latency and mAP. Takes seconds, and as long as three tests tak
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from models import Darknet, dump, save_weights
 from models.darknet import count_parameters
@@ -46,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_det=detector.data.max_det if detector.data else 100,
         batch_size=args.batch_size,
         workers=args.workers,
+        is_stretched=args.stretch,
+        is_single_class=args.single_cls,
     )
     dtype = autocast_type(args.precision, device)
-    bench = make_bench(detector, settings, is_single=args.single_cls, device=device, dtype=dtype)
+    bench = make_bench(detector, settings, device=device, dtype=dtype)
     check_needs(args, bench)
     seed_everything(args.seed)
     words = shlex.join(["normal_prune.py", *(sys.argv[1:] if argv is None else argv)])
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluations = judge(args, model, step, bench) if bench.valid else [None] * 3
     if not bench.valid:
         log.info("no --data with valid= is given: nothing is tested, and the network may be a ruin")
-    write_network(step.compact, paths, names=detector.names, data=args.data)
+    write_network(step.compact, paths, described=detector.described)
     pruning = describe(args, model, blocks, step, bench, evaluations, command=words)
     write_report(pruning, paths["report"])
     log.info(summary_table(pruning))
@@ -138,12 +141,12 @@ def summary(step: Step) -> str:
     )
 
 
-def write_network(compact: Darknet, paths: dict[str, Path], *, names: tuple[str, ...], data: str) -> None:
+def write_network(compact: Darknet, paths: dict[str, Path], *, described: Mapping[str, Any]) -> None:
     """Write the cfg, its .weights, and both in a checkpoint that describes itself."""
     text = dump(compact.cfg)
     save_weights(compact, paths["weights"])
-    described = {"cfg": text, "cfg_path": str(paths["cfg"]), "names": list(names), "data": data}
-    save_checkpoint(paths["pt"], {**described, "model": compact.state_dict()})
+    network = {"cfg": text, "cfg_path": str(paths["cfg"]), "model": compact.state_dict()}
+    save_checkpoint(paths["pt"], {**described, **network})
     write_atomically(paths["cfg"], lambda partial: partial.write_text(text, "utf-8", "surrogateescape"))
 
 
