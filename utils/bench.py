@@ -19,6 +19,7 @@ from .recipe import Recipe
 from .scores import Evaluation
 from .timing import Timing, paired_ms
 
+SECONDS = 4.0  # of timing, after which three rounds are enough
 ROUNDS = 40  # timings of a forward pass: the median of fewer moves by more than a percent
 
 
@@ -42,7 +43,7 @@ class Bench:
 
     def time(self, *models: Darknet) -> list[Timing]:
         """Time forward passes of one picture in turn."""
-        return paired_ms(models, self.settings.size, ROUNDS, device=self.device)
+        return paired_ms(models, self.settings.size, ROUNDS, device=self.device, seconds=SECONDS)
 
     def batches(self, model: Darknet, images: int) -> Iterator[Batch]:
         """Give training pictures, spread over all, as the last epochs of a training see them: without mosaic.
