@@ -6,6 +6,7 @@ Writes pruned.cfg, weights/pruned.weights and .pt, and report.md, .json and .png
 operations, size, latency and mAP. Takes seconds, and as long as three tests take where --data is given.
 """
 
+import logging
 import math
 import os
 import shlex
@@ -26,7 +27,7 @@ from utils.bench import Bench, make_bench
 from utils.device import autocast_type, seed_everything, select_device
 from utils.evaluate import Settings
 from utils.guard import TOLERATED, verdict
-from utils.log import DataError, log, start_logging
+from utils.log import DataError, log
 from utils.prune import find_groups, mask
 from utils.prune_flags import parse_args
 from utils.prune_report import Pruning, layer_rows, network_row, summary_table, write_report
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.device)
     paths = output_paths(args)
     detector = cli.open_detector(args)
-    start_logging(tells_cfg=False)  # what the cfg's copies set aside has been told
+    log.getChild("cfg").setLevel(logging.ERROR)  # what there is to say of the cfg has been said, its copies repeat it
     model = detector.model
     settings = Settings(
         cli.network_size(model, args.img_size),

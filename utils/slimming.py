@@ -160,6 +160,12 @@ def make_work(
         constants = compensate(model, compact, groups, keep)
         error = difference(with_constants(model, groups, keep, constants), compact)
     if args.recalibrate and bench.train:
+        images = min(len(bench.train.paths), args.recalibrate)
+        if bench.settings.size == (model.stride,) * 2 and images % args.batch_size == 1:
+            raise DataError(
+                "--recalibrate: the last batch is one picture of one cell, which has no variance"
+                " (take a larger --img-size, or another --batch-size)"
+            )
         recalibrate(compact.to(bench.device), bench.inputs(model, args.recalibrate))
         compact.cpu()
     return error
