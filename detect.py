@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError("--half: needs a GPU")
     if args.view_img and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         raise DataError("--view-img: needs a screen, and there is none here")
-    model, names, _ = cli.open_detector(args, names=args.names)
+    model, names, *_ = cli.open_detector(args, names=args.names)
     if args.classes and max(args.classes) >= len(names):
         raise DataError(f"--classes {max(args.classes)}: there are {len(names)} classes, 0 to {len(names) - 1}")
     size = cli.network_size(model, args.img_size)

@@ -6,30 +6,38 @@ Writes pruned.cfg, weights/pruned.weights and .pt, and report.md, .json and .png
 operations, size, latency and mAP. Takes seconds, and as long as three tests take where --data is given.
 """
 
+import logging
+import math
+import os
 import shlex
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from models import Darknet, dump, save_weights
+from models import Darknet, WeightsError, dump, save_weights
 from models.darknet import count_parameters
-from models.weights import save_checkpoint, write_atomically
+from models.weights import save_checkpoint
 from utils import cli
 from utils.bench import Bench, make_bench
 from utils.device import autocast_type, seed_everything, select_device
 from utils.evaluate import Settings
 from utils.guard import TOLERATED, verdict
-from utils.log import DataError, log, start_logging
+from utils.log import DataError, log
 from utils.prune import find_groups, mask
 from utils.prune_flags import parse_args
 from utils.prune_report import Pruning, layer_rows, network_row, summary_table, write_report
 from utils.residual_blocks import Block, choose_blocks, remove_blocks
 from utils.scores import Evaluation
 from utils.sensitivity import measure_sensitivity, write_sensitivity
-from utils.slimming import Goal, Step, cut_once, make_goal, rank_groups, safe_share
+from utils.slimming import Step, cut_once, make_goal, plan_cut, rank_groups, safe_count
 from utils.tuning import tune
 
+REPORT = ("report.md", "report.json", "report.png")
 SEARCHED = 200  # validation pictures that judge what is only compared
 
 
@@ -39,16 +47,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.device)
     paths = output_paths(args)
     detector = cli.open_detector(args)
-    start_logging(tells_cfg=False)  # what the cfg's copies set aside has been told
+    log.getChild("cfg").setLevel(logging.ERROR)  # what there is to say of the cfg has been said, its copies repeat it
     model = detector.model
     settings = Settings(
         cli.network_size(model, args.img_size),
         max_det=detector.data.max_det if detector.data else 100,
         batch_size=args.batch_size,
         workers=args.workers,
+        is_stretched=args.stretch,
+        is_single_class=args.single_cls,
     )
     dtype = autocast_type(args.precision, device)
-    bench = make_bench(detector, settings, is_single=args.single_cls, device=device, dtype=dtype)
+    bench = make_bench(detector, settings, device=device, dtype=dtype)
     check_needs(args, bench)
     seed_everything(args.seed)
     words = shlex.join(["normal_prune.py", *(sys.argv[1:] if argv is None else argv)])
@@ -56,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = remove_blocks(model, blocks, path=model.cfg.path) if blocks else model
     if args.sensitivity:
         explore(args, start, bench, paths["report"])
-    step = cut_in_steps(args, start, bench, path=str(paths["cfg"]), note=f"pruned by: {words}")
-    evaluations = judge(args, model, step, bench) if bench.valid else [None] * 3
+    note = f"pruned by: {' '.join(words.splitlines())}"
+    steps = cut_in_steps(args, model, start, bench, path=str(paths["cfg"]), note=note)
+    if args.recalibrate and not bench.train:
+        log.info("no --data with train= is given: batch normalisation keeps the statistics of the whole network")
     if not bench.valid:
         log.info("no --data with valid= is given: nothing is tested, and the network may be a ruin")
-    write_network(step.compact, paths, names=detector.names, data=args.data)
-    pruning = describe(args, model, blocks, step, bench, evaluations, command=words)
-    write_report(pruning, paths["report"])
+    evaluations = judge(args, model, steps, bench) if bench.valid else [None] * 3
+    pruning = describe(args, model, blocks, steps, bench, evaluations, command=words)
+    write(steps[-1].compact, pruning, paths, described=detector.described)
     log.info(summary_table(pruning))
     log.info("wrote %s, %s and .pt, and report.md, .json and .png", paths["cfg"], paths["weights"])
 
@@ -75,9 +87,13 @@ def output_paths(args: Namespace) -> dict[str, Path]:
     for path in paths.values():
         if any(each and Path(each).resolve() == path.resolve() for each in (args.cfg, args.weights)):
             raise DataError(f"{path}: is read and would be written over (give --output another folder)")
-        if path.exists():
-            log.info("%s is there already and will be written over", path)
-    folder.mkdir(parents=True, exist_ok=True)
+    for place in {folder, weights}:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise DataError(f"{place}: cannot be written to (give --output another folder)")
+    there = [path for path in (*paths.values(), *(folder / name for name in REPORT)) if path.exists()]
+    if there:
+        log.info("there already, and will be written over: %s", ", ".join(map(str, there)))
     return paths | {"report": folder}
 
 
@@ -93,16 +109,19 @@ def check_needs(args: Namespace, bench: Bench) -> None:
                 raise DataError(f"{flag}: needs --data with {split}=")
 
 
-def cut_in_steps(args: Namespace, start: Darknet, bench: Bench, *, path: str, note: str) -> Step:
-    """Cut in steps of one share each, with a short training between two, and give the last step."""
-    goal = make_goal(args, start, bench)
-    goal = Goal(goal.kind, goal.share ** (1 / args.iterative), goal.flag)
-    step = cut_once(args, goal, start, bench, path=path, notes=[note])
-    for number in range(1, args.iterative):
-        log.info("step %d of %d: %s", number, args.iterative, summary(step))
-        start = tune(args, step.compact, bench, epochs=args.epochs)
-        step = cut_once(args, goal, start, bench, path=path)
-    return step
+def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, *, path: str, note: str) -> list[Step]:
+    """Cut `start`, `model` without the blocks that go, in steps of one share, with a short training between two."""
+    goal = make_goal(args, model, start, bench)
+    if args.iterative > 1:
+        plan_cut(args, goal, start, bench)  # what cannot be reached is told before any training
+        goal = replace(goal, share=goal.share ** (1 / args.iterative))
+    steps: list[Step] = []
+    for number in range(args.iterative):
+        start = tune(args, steps[-1].compact, bench, epochs=args.epochs) if steps else start
+        steps.append(cut_once(args, goal, start, bench, path=path, notes=[] if steps else [note]))
+        text = f"step {number + 1} of {args.iterative}: " if args.iterative > 1 else ""
+        log.info("%s%s", text, summary(steps[-1]))
+    return steps
 
 
 def explore(args: Namespace, model: Darknet, bench: Bench, folder: Path) -> None:
@@ -114,50 +133,70 @@ def explore(args: Namespace, model: Darknet, bench: Bench, folder: Path) -> None
     log.info("wrote sensitivity.json and .png")
 
 
-def judge(args: Namespace, model: Darknet, step: Step, bench: Bench) -> list[Evaluation]:
+def judge(args: Namespace, model: Darknet, steps: Sequence[Step], bench: Bench) -> list[Evaluation]:
     """Test original, masked and compact network. Raises DataError where the guard refuses what is left."""
+    step = steps[-1]
     masked = mask(step.start, step.groups, step.keep)
     before, between, after = (bench.judge(each) for each in (model, masked, step.compact))
     problem = verdict(before.map50, after.map50, max_drop=args.max_drop)
-    hint = ""
-    if before.map50 - after.map50 > TOLERATED and step.count:
-        share = safe_share(args, step, bench, loss=TOLERATED, images=SEARCHED)
-        hint = f"--percent {share:.2f} would lose at most {100 * TOLERATED:g} points before fine-tuning"
+    drop = before.map50 - after.map50
+    hints = []
+    if drop > TOLERATED and steps[0].gone:
+        count = safe_count(args, model, step, bench, loss=TOLERATED, images=SEARCHED)
+        share = (count + sum(each.gone for each in steps[:-1])) / steps[0].plan.free
+        hints.append(
+            f"--percent {math.floor(100 * share) / 100:.2f} would lose at most {100 * TOLERATED:g} points before"
+            " fine-tuning"
+            if count
+            else f"no --percent that was tried would lose at most {100 * TOLERATED:g} points before fine-tuning"
+        )
     if problem and not args.force:
-        raise DataError(f"{problem}; nothing is written ({hint}; --force writes it all the same)")
-    if problem or hint:
-        log.warning("%s", "; ".join(filter(None, (problem, hint))))
+        hints.append("--force writes it all the same")
+        raise DataError(f"{problem}; nothing is written ({'; '.join(hints)})")
+    if problem or drop > TOLERATED:
+        problem = problem or f"mAP@.5 falls by {100 * drop:.1f} points, from {before.map50:.3f} to {after.map50:.3f}"
+        log.warning("%s", "; ".join((problem, *hints)))
     return [before, between, after]
 
 
 def summary(step: Step) -> str:
     """Say in a line what a step has cut."""
     return (
-        f"{len(step.keep) - int(step.keep.sum())} of {step.plan.free} free groups cut, parameters"
+        f"{step.gone:,} of {step.plan.free:,} free groups cut, parameters"
         f" {count_parameters(step.start):,} to {count_parameters(step.compact):,}"
     )
 
 
-def write_network(compact: Darknet, paths: dict[str, Path], *, names: tuple[str, ...], data: str) -> None:
-    """Write the cfg, its .weights, and both in a checkpoint that describes itself."""
-    text = dump(compact.cfg)
-    save_weights(compact, paths["weights"])
-    described = {"cfg": text, "cfg_path": str(paths["cfg"]), "names": list(names), "data": data}
-    save_checkpoint(paths["pt"], {**described, "model": compact.state_dict()})
-    write_atomically(paths["cfg"], lambda partial: partial.write_text(text, "utf-8", "surrogateescape"))
+def write(compact: Darknet, pruning: Pruning, paths: dict[str, Path], *, described: Mapping[str, Any]) -> None:
+    """Write the cfg, its .weights, both in a checkpoint that describes itself, and the report: all, or nothing."""
+    text, folder = dump(compact.cfg), paths["report"]
+    network = {"cfg": text, "cfg_path": str(paths["cfg"]), "model": compact.state_dict()}
+    try:
+        with TemporaryDirectory(prefix=".pruned-", dir=folder) as name:
+            made = Path(name)
+            (made / "pruned.cfg").write_text(text, "utf-8", "surrogateescape")
+            save_weights(compact, made / "pruned.weights")
+            save_checkpoint(made / "pruned.pt", {**described, **network})
+            write_report(pruning, made)
+            targets = {path.name: path for path in paths.values()} | {each: folder / each for each in REPORT}
+            for each in made.iterdir():
+                shutil.move(each, targets[each.name])
+    except (OSError, WeightsError) as error:
+        raise DataError(f"{folder}: cannot be written to: {error}") from None
 
 
 def describe(
     args: Namespace,
     model: Darknet,
     blocks: Sequence[Block],
-    step: Step,
+    steps: Sequence[Step],
     bench: Bench,
     evaluations: Sequence[Evaluation | None],
     *,
     command: str,
 ) -> Pruning:
     """Gather what the report tells."""
+    step = steps[-1]
     size, (before, after) = bench.settings.size, bench.time(model, step.compact)
     rows = (("original", model, before), ("masked", step.start, None), ("compact", step.compact, after))
     return Pruning(
@@ -167,8 +206,8 @@ def describe(
         args.strategy,
         args.criterion,
         args.percent,
-        step.plan.free,
-        len(step.keep) - int(step.keep.sum()),
+        steps[0].plan.free,
+        sum(each.gone for each in steps),
         len(blocks),
         size,
         layer_rows(model, step.compact, blocks),

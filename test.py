@@ -119,8 +119,8 @@ def read_truths(detector: cli.Detector, *, is_single: bool) -> tuple[Labelled, t
     if detector.data is None or detector.data.valid is None:
         raise DataError("--data: not given, and the weights name no .data file with valid= that is there")
     names = ("object",) if is_single else detector.names
-    if not is_single and names != detector.data.names:
-        raise DataError(f"{detector.data.path}: names other classes than the weights learned (give --single-cls?)")
+    if not is_single:
+        cli.check_names(detector)
     labelled = check_labels(detector.data.valid, len(detector.data.names))
     return (merge_classes(labelled) if is_single else labelled), names
 

@@ -14,6 +14,7 @@ from docs import draw_blocks
 from utils import backbone, check, compose, convert, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
+PRUNING = ["--criterion", "l2", "--force"]  # one epoch parts no γ, and detects nothing
 MODULES = {
     "utils.backbone": backbone,
     "utils.check": check,
@@ -66,5 +67,6 @@ def run_python(line: str, command: Callable[..., Outcome]) -> None:
         outcome = command(words[1].replace(".", "/"), *words[2:], "--train", 8, "--valid", 4, "--size", 64)
     else:
         flags = [] if words[0] == "detect.py" else ["--workers", "0"]
+        flags += PRUNING if words[0] == "normal_prune.py" else []
         outcome = command(words[0].removesuffix(".py"), *shrink(words[1:]), "--device", "cpu", *flags)
     assert outcome.status == 0, f"{line}\n{outcome.err}"

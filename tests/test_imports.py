@@ -109,6 +109,7 @@ FLOORS = {
     "utils/writer.py": 6,
     "detect.py": 7,
     "test.py": 7,
+    "normal_prune.py": 7,
     "train.py": 7,
 }
 

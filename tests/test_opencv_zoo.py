@@ -1,4 +1,5 @@
-"""The zoo's cfgs that have Darknet's sections only once they are expanded, with weights that we write, in OpenCV 4.
+"""The zoo's cfgs that have Darknet's sections only once they are expanded, with weights that we write,
+in OpenCV 4, whole and pruned.
 
 OpenCV 5 reads no cfg, so an environment of its own runs it, which `make opencv-reference` makes; without it they skip.
 """
@@ -15,6 +16,8 @@ from networks import REPEATED, ROOT, SHIPPED, name
 
 from models import dump, load_cfg, load_model, save_weights
 from models.darknet import Darknet
+from utils.plan import make_plan
+from utils.prune import cut_cfg, find_groups
 
 OPENCV = ROOT / ".opencv-venv/bin/python"
 SECTIONS = {"net", "convolutional", "maxpool", "avgpool", "route", "shortcut", "upsample", "scale_channels", "yolo"}
@@ -22,6 +25,7 @@ ACTIVATIONS = {"leaky", "linear", "logistic", "mish", "relu", "swish"}
 LARGE = 80_000_000  # bytes of a .weights file that is compared by `make test-all` alone
 WIDTH, HEIGHT = 128, 96
 PICTURE = min(ROOT.glob("data/samples/*.jpg"))
+SHARES = (0, 0.3, 0.7)  # of the free groups that are cut
 TOLERANCE = 1e-4  # of the largest value of a map
 # Run by OpenCV's interpreter: cfg, weights and picture in, the map before every head out.
 SCRIPT = """
@@ -64,18 +68,28 @@ def test_which_cfgs_are_darknets() -> None:
     }
 
 
+def write_cut(path: Path, share: float, target: Path) -> None:
+    """Write the expanded cfg without a random share of its free groups, for pictures of WIDTH x HEIGHT."""
+    model = expand(path)
+    groups = find_groups(model)
+    values = np.random.default_rng(0).random(len(groups.is_free))
+    plan = make_plan(model, groups, values, cuts_residual=True)
+    cfg = cut_cfg(model, groups, plan.keep(min(len(plan.order), round(share * plan.free))), path=str(target))
+    for key, side in (("width", WIDTH), ("height", HEIGHT)):
+        cfg.sections[0].set(key, side)
+    target.write_text(dump(cfg))
+
+
 @pytest.mark.skipif(not OPENCV.exists(), reason="no OpenCV 4 here (run `make opencv-reference`)")
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[pytest.mark.slow] * (path in REPEATED or is_large(path))) for path in DARKNETS],
     ids=name,
 )
-def test_opencv_agrees_on_the_expanded_cfg(path: Path, tmp_path: Path) -> None:
+def test_opencv_agrees_on_the_expanded_cfg_whole_and_cut(path: Path, share: float, tmp_path: Path) -> None:
     files = [tmp_path / each for each in ("a.cfg", "a.weights", "picture.npy", "maps.npz")]
-    sections = Darknet(load_cfg(path)).expanded
-    for key, side in (("width", WIDTH), ("height", HEIGHT)):
-        sections.sections[0].set(key, side)
-    files[0].write_text(dump(sections))
+    write_cut(path, share, files[0])
     picture = cv2.resize(cv2.imread(str(PICTURE)), (WIDTH, HEIGHT))  # BGR
     np.save(files[2], picture)
     ours = run_ours(files[0], files[1], picture)

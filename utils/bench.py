@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from models import Darknet
 
-from .cli import Detector
+from .cli import Detector, check_names
 from .datasets import Batch, Pictures, evaluation_batches, make_loader, to_input
 from .evaluate import Settings, evaluate
 from .labels import Labelled, check_labels, merge_classes
@@ -18,6 +19,7 @@ from .recipe import Recipe
 from .scores import Evaluation
 from .timing import Timing, paired_ms
 
+SECONDS = 4.0  # of timing, after which three rounds are enough
 ROUNDS = 40  # timings of a forward pass: the median of fewer moves by more than a percent
 
 
@@ -41,7 +43,7 @@ class Bench:
 
     def time(self, *models: Darknet) -> list[Timing]:
         """Time forward passes of one picture in turn."""
-        return paired_ms(models, self.settings.size, ROUNDS, device=self.device)
+        return paired_ms(models, self.settings.size, ROUNDS, device=self.device, seconds=SECONDS)
 
     def batches(self, model: Darknet, images: int) -> Iterator[Batch]:
         """Give training pictures, spread over all, as the last epochs of a training see them: without mosaic.
@@ -63,15 +65,30 @@ class Bench:
             yield to_input(batch.pictures, self.device)
 
 
-def make_bench(
-    detector: Detector, settings: Settings, *, is_single: bool, device: torch.device, dtype: torch.dtype
-) -> Bench:
-    """Read and check the pictures that the detector's data name."""
-    found: list[Labelled | None] = []
-    for source in (detector.data.valid, detector.data.train) if detector.data else (None, None):
-        labelled = check_labels(source, len(detector.data.names)) if detector.data and source else None
-        found.append(merge_classes(labelled) if labelled and is_single else labelled)
-    return Bench(found[0], found[1], detector.names, settings, device, dtype)
+def make_bench(detector: Detector, settings: Settings, *, device: torch.device, dtype: torch.dtype) -> Bench:
+    """Read and check the pictures that the detector's data name.
+
+    Where all classes are tested as one, a network of several trains on several all the same. Raises DataError.
+    """
+    is_single = settings.is_single_class
+    if not is_single:
+        check_names(detector)
+
+    def read(source: Path | None, *, is_merged: bool) -> Labelled | None:
+        if not (detector.data and source):
+            return None
+        labelled = check_labels(source, len(detector.data.names))
+        return merge_classes(labelled) if is_merged else labelled
+
+    valid, train = (detector.data.valid, detector.data.train) if detector.data else (None, None)
+    return Bench(
+        read(valid, is_merged=is_single),
+        read(train, is_merged=is_single and detector.model.classes == 1),
+        ("object",) if is_single else detector.names,
+        settings,
+        device,
+        dtype,
+    )
 
 
 def spread(labelled: Labelled, images: int) -> Labelled:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from models import CfgError, Darknet, WeightsError, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
@@ -35,11 +35,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Detector(NamedTuple):
-    """A network with its weights, its class names and, where one is known, its data."""
+    """A network with its weights, its class names and, where one is known, its data.
+
+    `described` are the names, the path of the data and the recipe as a checkpoint carries them, where they are known.
+    """
 
     model: Darknet
     names: tuple[str, ...]
     data: DataSpec | None
+    described: dict[str, Any]
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
@@ -106,9 +110,15 @@ def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False)
     parser.add_argument("--single-cls", action="store_true", help="take all classes for one")
 
 
-def add_detection_flags(parser: argparse.ArgumentParser, *, conf_thres: float) -> None:
-    """Add --img-size, --conf-thres, --iou-thres, --augment and --stretch."""
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --img-size and --stretch."""
     parser.add_argument("--img-size", type=side, help="longer side in pixels (default: as in the cfg)")
+    parser.add_argument("--stretch", action="store_true", help="resize without keeping the shape, as Darknet does")
+
+
+def add_detection_flags(parser: argparse.ArgumentParser, *, conf_thres: float) -> None:
+    """Add --img-size, --stretch, --conf-thres, --iou-thres and --augment."""
+    add_size_flags(parser)
     parser.add_argument(
         "--conf-thres", type=fraction, default=conf_thres, help="least score of a detection (default: %(default)s)"
     )
@@ -116,7 +126,6 @@ def add_detection_flags(parser: argparse.ArgumentParser, *, conf_thres: float) -
         "--iou-thres", type=fraction, default=0.6, help="overlap that NMS allows (default: %(default)s)"
     )
     parser.add_argument("--augment", action="store_true", help="join the boxes of three scaled and mirrored views")
-    parser.add_argument("--stretch", action="store_true", help="resize without keeping the shape, as Darknet does")
 
 
 def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
@@ -146,13 +155,21 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
             raise DataError(f"{data_path}: names {', '.join(data.names)}, but {weights} learned {', '.join(trained)}")
         trained, source = data.names, data_path
     else:
-        trained, source = trained or tuple(str(index) for index in range(model.classes)), weights
+        source = weights
+    told = {"names": list(trained), "data": data_path, "recipe": checkpoint.get("recipe")}
+    trained = trained or tuple(str(index) for index in range(model.classes))
     check_model(model, trained, source)
     log.info("%s with %s: %d classes", cfg.path, weights, model.classes)
     match checkpoint.get("recipe"):
         case {"distortion": {"keeps_shape": False}} if not args.stretch:
             log.info("%s learned from stretched pictures, as Darknet's recipe makes them: give --stretch", weights)
-    return Detector(model, trained, data)
+    return Detector(model, trained, data, {key: value for key, value in told.items() if value})
+
+
+def check_names(detector: Detector) -> None:
+    """Raise DataError where the detector's data name other classes than it learned."""
+    if detector.data and detector.names != detector.data.names:
+        raise DataError(f"{detector.data.path}: names other classes than the weights learned (give --single-cls?)")
 
 
 def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:

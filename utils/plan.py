@@ -89,11 +89,9 @@ def make_plan(
     return Plan(order, int(may_go.sum()), len(rank), layers, rank, divisor)
 
 
-def smallest_cut(plan: Plan, is_enough: Callable[[Mask], bool]) -> int | None:
-    """Give the smallest number of groups whose cut is enough, None where even the largest is not; by bisection."""
+def smallest_cut(plan: Plan, is_enough: Callable[[Mask], bool]) -> int:
+    """Give the smallest number of groups whose cut is enough, all where none is; by bisection."""
     low, high = 0, len(plan.order)
-    if not is_enough(plan.keep(high)):
-        return None
     while low < high:
         middle = (low + high) // 2
         if is_enough(plan.keep(middle)):

@@ -19,7 +19,7 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     cli.add_model_flags(parser)
     cli.add_run_flags(parser)
     add = parser.add_argument
-    add("--img-size", type=cli.side, help="longer side in pixels to test at (default: as in the cfg)")
+    cli.add_size_flags(parser)
     add("--output", default="", help="folder of all results (default: the working directory, weights in weights/)")
     goal = parser.add_argument_group("how much to cut (one of)")
     goal.add_argument("--percent", type=cli.fraction, help=f"share of the free groups, 0 to 1 (default: {PERCENT})")

@@ -69,7 +69,8 @@ class NetworkRow:
 class Pruning:
     """All that a report tells. `networks` begin with the original and end with what was written.
 
-    `size` is (height, width) of BFLOPs, latency and mAP; errors are relative, of the compact network to the masked one.
+    `size` is (height, width) of BFLOPs, latency and mAP; errors are relative, of the compact network to the masked one,
+    None where they were not compared.
     """
 
     command: str
@@ -84,8 +85,8 @@ class Pruning:
     size: tuple[int, int]
     layers: tuple[LayerRow, ...]
     networks: tuple[NetworkRow, ...]
-    error_float64: float
-    error_float32: float
+    error_float64: float | None
+    error_float32: float | None
     compensation_error: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -127,7 +128,7 @@ def write_report(pruning: Pruning, folder: Path) -> None:
     figures = asdict(pruning) | {"machine": describe_machine()}
     (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draw_pruning(pruning, folder / "report.png")
-    (folder / "report.md").write_text(_markdown(pruning), encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(pruning), "utf-8", "surrogateescape")
 
 
 def summary_table(pruning: Pruning) -> str:
@@ -172,8 +173,7 @@ def _markdown(pruning: Pruning) -> str:
         f"{pruning.removed_blocks} residual block{'s' * (pruning.removed_blocks > 1)} removed"
         if pruning.removed_blocks
         else "",
-        f"relative error of the compact network to the masked one, whose cut channels put out zero:"
-        f" {pruning.error_float64:.1e} in float64, {pruning.error_float32:.1e} in float32",
+        _errors(pruning),
         ""
         if pruning.compensation_error is None
         else f"relative error of compensation: {pruning.compensation_error:.1e}",
@@ -196,6 +196,14 @@ def _markdown(pruning: Pruning) -> str:
         _pipes(layers),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _errors(pruning: Pruning) -> str:
+    """Say how far masked and compact network differ."""
+    errors = {"float64": pruning.error_float64, "float32": pruning.error_float32}
+    told = ", ".join(f"{error:.1e} in {name}" for name, error in errors.items() if error is not None)
+    text = "relative error of the compact network to the masked one, whose cut channels put out zero"
+    return f"{text}: {told or 'not compared, cut through gates that mix channels'}"
 
 
 def _pipes(rows: Sequence[Sequence[str]]) -> str:

@@ -12,11 +12,13 @@ from models import Darknet
 from models.darknet import count_parameters
 
 from .bench import Bench
+from .cli import BEST
 from .compensate import compensate, recalibrate, with_constants
 from .datasets import to_input
 from .engine import make_step_loss
 from .guard import check_exactness, difference, largest_within
 from .importance import Values, filter_norm, gamma, random_values, taylor
+from .lint import bflops
 from .log import DataError
 from .plan import Plan, make_plan, smallest_cut
 from .prune import Groups, Mask, cut, cut_cfg, find_groups
@@ -29,61 +31,72 @@ ALIKE = 1e-3  # of the largest γ: a fresh network's differ by nothing
 class Goal:
     """What is to shrink to which share of itself: "groups", "parameters", "BFLOPs" or "ms" of a forward pass.
 
-    `flag` is how the user said it.
+    `flag` is how the user said it, `whole` what there is of it before.
     """
 
     kind: str
     share: float
     flag: str
+    whole: float = 1
 
 
-def make_goal(args: Namespace, model: Darknet, bench: Bench) -> Goal:
-    """Read the goal of a command line. Raises DataError where the network is there already."""
+def make_goal(args: Namespace, model: Darknet, start: Darknet, bench: Bench) -> Goal:
+    """Read the goal of a command line for `start`, what is left of `model` without the blocks that go.
+
+    Raises DataError where the network is there already, unless blocks go.
+    """
     if args.percent is not None:
         return Goal("groups", 1 - args.percent, f"--percent {args.percent:g}")
-    if args.target_speedup is not None:
-        goal = Goal("ms", 1 / args.target_speedup, f"--target-speedup {args.target_speedup:g}")
-    elif args.target_latency is not None:
-        goal = Goal("ms", args.target_latency / bench.time(model)[0].ms, f"--target-latency {args.target_latency:g}")
+    if args.target_speedup is not None or args.target_latency is not None:
+        kind = "ms"
+        before, now = (timing.ms for timing in bench.time(model, start))
+        wanted = args.target_latency or before / args.target_speedup
+        name, value = ("latency", args.target_latency) if args.target_latency else ("speedup", args.target_speedup)
     else:
-        name, kind, now = next(
-            (name, kind, now)
-            for name, kind, now in (
-                ("target_params", "parameters", count_parameters(model)),
-                ("target_flops", "BFLOPs", count_flops(model)),
-            )
-            if getattr(args, name) is not None
-        )
-        wanted = getattr(args, name)
-        goal = Goal(kind, wanted if wanted <= 1 else wanted / now, f"--{name.replace('_', '-')} {wanted:g}")
-    if goal.share >= 1:
-        raise DataError(f"{goal.flag}: the network is there already, nothing is to be cut")
+        name, kind, unit = ("params", "parameters", 1) if args.target_params else ("flops", "BFLOPs", 1e9)
+        before, now = (count(kind, network, bench) for network in (model, start))
+        value = getattr(args, f"target_{name}")
+        wanted = value * before if value <= 1 else value / unit
+    goal = Goal(
+        kind, wanted / now, f"--target-{name} {value:,g}" if value < 1e6 else f"--target-{name} {value:,.0f}", now
+    )
+    if goal.share >= 1 and start is model:
+        raise DataError(f"{goal.flag}: the network is there already ({amount(goal, 1)}), nothing is to be cut")
     return goal
+
+
+def count(kind: str, model: Darknet, bench: Bench) -> float:
+    """Count "parameters" or "BFLOPs" at the size to test at."""
+    return count_parameters(model) if kind == "parameters" else bflops(model, bench.settings.size) or bflops(model)
+
+
+def amount(goal: Goal, share: float) -> str:
+    """Write a share of what a goal is to shrink."""
+    form = {"parameters": "{:,.0f} parameters", "BFLOPs": "{:.3f} BFLOPs", "ms": "{:.1f} ms"}[goal.kind]
+    return form.format(share * goal.whole)
 
 
 def groups_to_cut(goal: Goal, model: Darknet, groups: Groups, plan: Plan, bench: Bench) -> int:
     """Give how many groups of a plan to cut for a goal. Raises DataError where it cannot be met."""
     if goal.kind == "groups":
         return plan.count(1 - goal.share, goal.flag)
-    count_of = {"parameters": count_parameters, "BFLOPs": count_flops}.get(goal.kind)
 
     def left(keep: Mask) -> float:
         """Give the share that is left."""
-        if count_of is None:
+        if goal.kind == "ms":
             before, after = bench.time(model, cut(model, groups, keep, path=model.cfg.path))
             return after.ms / before.ms
         with torch.device("meta"):  # the arithmetic alone
             compact = Darknet(cut_cfg(model, groups, keep, path=model.cfg.path), allow_unknown=True)
-        return count_of(compact) / count_of(model)
+        return count(goal.kind, compact, bench) / count(goal.kind, model, bench)
 
-    count = smallest_cut(plan, lambda keep: left(keep) <= goal.share)
-    if count is None:
-        best = left(plan.keep(len(plan.order)))
+    best = left(plan.keep(len(plan.order)))
+    if best > goal.share:
         raise DataError(
-            f"{goal.flag}: asks for {goal.share:.3f} of the {goal.kind}, the most that can go leaves {best:.3f}"
-            " (see --strategy slim, --layer-keep, --layers)"
+            f"{goal.flag}: asks for {amount(goal, goal.share)}, {goal.share:.3f} of what there is; the most that can go"
+            f" leaves {amount(goal, best)}, {best:.3f} (see --strategy slim, --layer-keep, --divisor, --layers)"
         )
-    return count
+    return smallest_cut(plan, lambda keep: left(keep) <= goal.share)
 
 
 @dataclass(frozen=True)
@@ -103,11 +116,14 @@ class Step:
     errors: dict[str, float]
     compensation: float | None
 
+    @property
+    def gone(self) -> int:
+        """Count the groups that are cut."""
+        return int((~self.keep).sum())
 
-def cut_once(
-    args: Namespace, goal: Goal, model: Darknet, bench: Bench, *, path: str, notes: Sequence[str] = ()
-) -> Step:
-    """Rank, plan, cut as a command line asks for, and let what is left work."""
+
+def plan_cut(args: Namespace, goal: Goal, model: Darknet, bench: Bench) -> tuple[Groups, Plan, int]:
+    """Find the groups, order them, and give how many to cut for a goal. Raises DataError where it cannot be met."""
     groups = find_groups(model, is_approximate=args.approximate)
     plan = make_plan(
         model,
@@ -117,10 +133,20 @@ def cut_once(
         layer_keep=args.layer_keep,
         divisor=args.divisor,
     )
-    count = groups_to_cut(goal, model, groups, plan, bench)
+    return groups, plan, groups_to_cut(goal, model, groups, plan, bench)
+
+
+def cut_once(
+    args: Namespace, goal: Goal, model: Darknet, bench: Bench, *, path: str, notes: Sequence[str] = ()
+) -> Step:
+    """Plan and cut as a command line asks for, and let what is left work. Raises DataError where nothing would go."""
+    groups, plan, count = plan_cut(args, goal, model, bench)
     keep = plan.keep(count)
+    if count and keep.all():
+        raise DataError(f"--divisor {args.divisor}: fills every layer up again, so that nothing would be cut")
     compact = cut(model, groups, keep, path=path, notes=notes)
-    errors = {} if args.approximate else check_exactness(model, groups, keep, compact)
+    is_exact = np.array_equal(groups.is_free, find_groups(model).is_free)  # --approximate found nothing to cut through
+    errors = check_exactness(model, groups, keep, compact) if is_exact else {}
     compensation = make_work(args, model, groups, keep, compact, bench)
     return Step(model, groups, plan, count, keep, compact, errors, compensation)
 
@@ -134,26 +160,27 @@ def make_work(
         constants = compensate(model, compact, groups, keep)
         error = difference(with_constants(model, groups, keep, constants), compact)
     if args.recalibrate and bench.train:
+        images = min(len(bench.train.paths), args.recalibrate)
+        if bench.settings.size == (model.stride,) * 2 and images % args.batch_size == 1:
+            raise DataError(
+                "--recalibrate: the last batch is one picture of one cell, which has no variance"
+                " (take a larger --img-size, or another --batch-size)"
+            )
         recalibrate(compact.to(bench.device), bench.inputs(model, args.recalibrate))
         compact.cpu()
     return error
 
 
-def safe_share(args: Namespace, step: Step, bench: Bench, *, loss: float, images: int) -> float:
-    """Give the greatest share of the free groups that costs at most `loss` of mAP@.5 on so many pictures."""
+def safe_count(args: Namespace, model: Darknet, step: Step, bench: Bench, *, loss: float, images: int) -> int:
+    """Give how many groups a step can cut for at most `loss` of the mAP@.5 of `model` on so many pictures."""
 
     def score(keep: Mask) -> float:
         compact = cut(step.start, step.groups, keep, path=step.compact.cfg.path)
         make_work(args, step.start, step.groups, keep, compact, bench)
         return bench.judge(compact, images).map50
 
-    least = bench.judge(step.start, images).map50 - loss
+    least = bench.judge(model, images).map50 - loss
     return largest_within(step.plan, step.count, score, least)
-
-
-def count_flops(model: Darknet) -> float:
-    """Count the BFLOPs at the cfg's own input size."""
-    return sum(layer.flops for layer in model.layers) / 1e9
 
 
 def rank_groups(args: Namespace, model: Darknet, groups: Groups, bench: Bench) -> Values:
@@ -172,8 +199,8 @@ def rank_groups(args: Namespace, model: Darknet, groups: Groups, bench: Bench) -
     if args.criterion == "gamma":
         if np.ptp(free) <= ALIKE * free.max():
             raise DataError(
-                f"every γ is {free[0]:.3g}, which tells no channel from another: sparse training first"
-                " (train.py -sr), or another --criterion"
+                f"{args.weights or BEST}: every γ is {free[0]:.3g}, which tells no channel from another:"
+                " sparse training first (train.py -sr), or another --criterion"
             )
         return gammas
     recipe = load_recipe(args.hyp, Recipe()) if args.hyp else Recipe()

@@ -34,17 +34,25 @@ class Timing(NamedTuple):
 
 @torch.inference_mode()
 def paired_ms(
-    models: Sequence[Darknet], size: tuple[int, int], rounds: int = ROUNDS, *, device: torch.device = CPU
+    models: Sequence[Darknet],
+    size: tuple[int, int],
+    rounds: int = ROUNDS,
+    *,
+    device: torch.device = CPU,
+    seconds: float = SECONDS,
 ) -> list[Timing]:
     """Time the forward passes of unfused networks in turn: fused, channels_last, one picture of `size`, FP32."""
     x = torch.rand(1, models[0].channels, *size, generator=torch.Generator().manual_seed(0))  # [1, C, H, W]
     x = x.to(device, memory_format=torch.channels_last)
     fused = [model.fuse().to(device, memory_format=torch.channels_last) for model in models]
-    return [summarise(ms) for ms in time_in_turn([partial(model, x) for model in fused], device, rounds)]
+    return [summarise(ms) for ms in time_in_turn([partial(model, x) for model in fused], device, rounds, seconds)]
 
 
 def time_in_turn(
-    calls: Sequence[Callable[[], object]], device: torch.device = CPU, rounds: int = ROUNDS
+    calls: Sequence[Callable[[], object]],
+    device: torch.device = CPU,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
 ) -> list[list[float]]:
     """Time every call once a round, after a round to warm up, in milliseconds."""
     for call in calls:
@@ -52,7 +60,7 @@ def time_in_turn(
     spent: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
     for number in range(rounds):
-        if number >= 3 and time.perf_counter() - begin > SECONDS:
+        if number >= 3 and time.perf_counter() - begin > seconds:
             break
         for call, times in zip(calls, spent, strict=True):
             synchronize(device)
