@@ -120,6 +120,16 @@ def test_what_it_leaves_drawn_and_written(command, scenes, tmp_path):
     )
 
 
+def test_a_path_that_is_no_text_is_drawn(command, tmp_path):
+    flags = write()
+    name = os.fsdecode(b"n\xff.cfg")
+    Path("net.cfg").rename(name)
+    outcome = command("normal_prune", "--cfg", name, *flags[2:], *SMALL)
+    assert outcome.status == 0, outcome.err
+    assert name in Path("report.md").read_text("utf-8", "surrogateescape")
+    assert report(tmp_path)["cfg"] == name
+
+
 def test_the_cfg_is_a_diff_of_widths_with_a_comment(command, tmp_path):
     flags = write()
     assert command("normal_prune", *flags, *SMALL, "--percent", 0.5, "--seed", "1").status == 0

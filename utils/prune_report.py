@@ -221,7 +221,7 @@ def draw_pruning(pruning: Pruning, path: Path) -> None:
     _draw_figures(axes["figures"], pruning)
     before, after = (pruning.networks[place].parameters for place in (0, -1))
     title = f"{pruning.cfg}: {before:,} → {after:,} parameters ({_change('parameters', before, after)})"
-    figure.suptitle(title.replace("$", r"\$"), fontsize=14)
+    figure.suptitle(title.replace("$", r"\$").encode(errors="replace").decode(), fontsize=14)  # paths need not be text
     save_figure(figure, path)
 
 
