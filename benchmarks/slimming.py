@@ -159,7 +159,8 @@ def draw_criteria(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, fmt="%.3f", fontsize=8)
     axes.set_xticks(range(len(rows)), [row["criterion"] for row in rows])
     axes.set_ylabel("mAP@.5")
-    axes.legend(loc="lower right")
+    axes.set_ylim(0, 1)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     save_figure(figure, path)
 
 
