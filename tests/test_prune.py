@@ -47,6 +47,9 @@ def lively(path: Path) -> Darknet:
             module.p = 0
     with torch.inference_mode():
         model(torch.cat((picture(model, torch.float32), 1 - picture(model, torch.float32))))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_var.clamp_min_(0.05)  # on maps of a few cells two pictures differ by less: gains explode
     return model.eval()
 
 
@@ -101,7 +104,11 @@ def test_compact_equals_masked_on_stock_cfgs(shared_data: Path, tmp_path: Path) 
                 Darknet(load_cfg(path))
         except CfgError:
             continue  # what Darkslim does not build is tested elsewhere
-        assert_exact(path, tmp_path)
+        try:
+            assert_exact(path, tmp_path)
+        except AssertionError as error:
+            error.add_note(str(path))
+            raise
         count += 1
     assert count >= 44
 
