@@ -106,6 +106,7 @@ FLOORS = {
     "utils/sensitivity.py": 6,
     "utils/sources.py": 6,
     "utils/timing.py": 6,
+    "utils/training.py": 6,
     "utils/writer.py": 6,
     "detect.py": 7,
     "test.py": 7,
