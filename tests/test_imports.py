@@ -86,6 +86,12 @@ FLOORS = {
     "utils/backbone.py": 6,
     "utils/compose.py": 6,
     "utils/convert.py": 6,
+    "utils/distillation.py": 5,
+    "utils/distillation_flags.py": 5,
+    "utils/feature_distillation.py": 5,
+    "utils/head_pairs.py": 5,
+    "utils/output_distillation.py": 5,
+    "utils/teacher.py": 5,
     "utils/train_flags.py": 5,
     "utils/training_data.py": 5,
     "utils/survey.py": 5,
@@ -111,6 +117,7 @@ FLOORS = {
     "detect.py": 7,
     "test.py": 7,
     "train.py": 7,
+    "distill.py": 7,
 }
 
 Sources = dict[str, str]

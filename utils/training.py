@@ -20,6 +20,8 @@ from . import cli, dist
 from .darknet_recipe import DarknetRecipe
 from .datasets import Item, TrainingBatches, make_loader
 from .device import autocast_type, seed_everything, select_device
+from .distillation import Distiller
+from .distillation_flags import make_lessons
 from .engine import (
     Trainer,
     compile_model,
@@ -37,6 +39,7 @@ from .log import log
 from .memory import largest_batch
 from .runs import Run, new_folder, run_folder
 from .schedule import AnyRecipe, batches_per_step
+from .teacher import FILE, check_teacher, load_teacher, save_teacher
 from .train_flags import make_plan, make_recipe, restore_args
 from .training_data import read_images, settle_lengths, training_pictures, training_sizes
 
@@ -65,23 +68,30 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
     cli.check_model(model, names, args.data)
     sizes, test_size = training_sizes(model, args, recipe)
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
+    name = args.name or Path(args.cfg).stem
+    folder = dist.from_first(lambda: run_folder(args.resume, resumed) if resumed else new_folder(name))
+    teacher = load_teacher(args, names, folder / FILE if resumed else None) if args.t_weights else None
+    if teacher:
+        check_teacher(teacher, model, [*sizes, test_size], args)
     train_set, valid_set = read_images(data, is_single=args.single_cls)
     model = model.to(device=device, memory_format=torch.channels_last)
     if args.batch_size == "auto":
         args.batch_size = min(len(train_set.paths), largest_batch(model, recipe, sizes[-1], device, dtype))
     args.batch_size, args.epochs = settle_lengths(args, recipe, len(train_set.paths))
     model = synchronise_statistics(model, device) if args.sync_bn else model
+    distiller = Distiller(model, teacher, make_lessons(args)) if teacher else None
 
-    name = args.name or Path(args.cfg).stem
-    folder = dist.from_first(lambda: run_folder(args.resume, resumed) if resumed else new_folder(name))
     run = Run(folder, resumed, args=args, recipe=recipe, names=names)
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
+    if distiller:
+        log.info("%s", distiller.describe())
+        save_teacher(teacher, folder)
     pictures, batches = training_pictures(model, train_set, data.train, sizes, recipe, args)
     run.draw_inputs(pictures, batches, valid_set)
     loader = make_loader(pictures, batches, workers=args.workers)
-    trainer, train_epoch = _make_epochs(args, resumed, model, recipe, loader, device, dtype)
+    trainer, train_epoch = _make_epochs(args, resumed, model, recipe, loader, distiller, device, dtype)
     settings = Settings(
         test_size,
         max_det=data.max_det,
@@ -101,28 +111,29 @@ def _make_epochs(
     model: Darknet,
     recipe: AnyRecipe,
     loader: DataLoader[Item],
+    distiller: Distiller | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Trainer, Callable[..., dict[str, float]]]:
     """Make the trainer of a network, and what trains it for an epoch."""
     accumulate = batches_per_step(recipe, args.batch_size * dist.world_size(), args.epochs * len(loader))
     steps = math.ceil(len(loader) / accumulate)
-    trainer = make_trainer(model, recipe, epochs=args.epochs, steps=steps, device=device, dtype=dtype, seed=args.seed)
-    trainer = start_sparsity(
-        trainer, make_plan(args), model, recipe, epochs=args.epochs, steps=steps, first=args.freeze
-    )
+    lengths = {"epochs": args.epochs, "steps": steps}
+    trainer = make_trainer(model, recipe, **lengths, device=device, dtype=dtype, seed=args.seed, distiller=distiller)
+    trainer = start_sparsity(trainer, make_plan(args), model, recipe, **lengths, first=args.freeze)
     if resumed:
         trainer.restore(resumed["trainer"])
     freeze = make_freeze(model, args.freeze)
     freeze(trainer.scheduler.last_epoch)  # before DDP looks at what learns
-    network = distribute(model, device)
+    pupil = distiller.pupil if distiller else None
+    network = distribute(model, device, pupil)
     if args.compile:
-        compile_model(model, device)
+        compile_model(pupil or model, device)
     train_epoch = partial(
         train_one_epoch,
         trainer,
         loader,
-        make_step_loss(network, model, recipe, device, dtype),
+        make_step_loss(network, model, recipe, device, dtype, distiller),
         device=device,
         accumulate=accumulate,
         hold_back=getattr(network, "no_sync", nullcontext),
@@ -153,6 +164,8 @@ def run_epochs(
         title = f"epoch {epoch + 1}/{args.epochs}"
         if trainer.sparsity:
             trainer.sparsity.begin(epoch)
+        if trainer.distiller:
+            trainer.distiller.begin(epoch)
         losses = train_epoch(title=title)
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": losses, "lr": trainer.scheduler.get_last_lr()[0]}
         if trainer.sparsity:
