@@ -73,8 +73,8 @@ def main() -> None:
         "seeds": args.seeds,
     }
     text = f"""Short protocol on BCCD ({side}x{side}, 30 epochs, batch 16), means of {args.seeds} seed(s);
-`--kd-weight auto` at its default share. The best of several on 72 test pictures is better than it is: the standard error of a paired
-difference is about 0.003 in mAP@.5 and 0.004 in mAP@.5:.95.
+`--kd-weight auto` at its default share. The best of several on 72 test pictures is better than it is: the standard
+error of a paired difference is about 0.003 in mAP@.5 and 0.004 in mAP@.5:.95.
 
 A step: the pruned network at batch 16, in turn in one process; the ratio is that of a step with a teacher to the sum of
 a step without and the teacher's forward pass, median over rounds."""
