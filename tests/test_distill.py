@@ -1,10 +1,12 @@
 """distill.py as a user runs it: what it logs and leaves, resuming, two processes, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from documents import code_blocks, commands, run_python
 
 from models import Darknet, load_cfg, save_weights
 from models.weights import load_checkpoint, save_checkpoint
@@ -15,6 +17,7 @@ from utils import dist
 from utils.distillation import Distiller, Lessons
 from utils.engine import distribute, make_step_loss
 from utils.recipe import Recipe
+from utils.scenes import write_dataset
 
 CPU = torch.device("cpu")
 CFG = FIXTURES / "tiny.cfg"
@@ -144,3 +147,26 @@ def test_a_coarser_teacher_wants_its_own_sizes(command, scenes, tmp_path):
 def _zero(module: torch.nn.Module) -> None:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         tensor.data.zero_()
+
+
+@pytest.mark.slow
+def test_the_pages_commands_run(command, tmp_path):
+    shutil.copytree(ROOT / "cfg", tmp_path / "cfg")
+    write_dataset(tmp_path / "data/demo", train=6, valid=2, size=64, seed=0)
+    page = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    lines = [line for kind, block in code_blocks(page) if kind == "bash" for line in commands(block)]
+    assert len(lines) == 3
+    for line in lines:
+        run_python(line, command)
+    assert {path.parent.name for path in tmp_path.glob("runs/*/last.pt")} == {"teacher", "demo"}
+    assert (tmp_path / "runs/demo/teacher.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_teacher_on_a_gpu(command, scenes, tmp_path, teacher, precision):
+    more = [*taught(teacher), "--kd", "logits+box+cwd+pkd+mgd", "--device", 0, "--precision", precision]
+    outcome = command("distill", *flags(scenes, "run", *more))
+    assert outcome.status == 0, outcome.err
+    state = load_checkpoint(tmp_path / "runs/run/last.pt")["model"]
+    assert all(value.isfinite().all() for value in state.values())

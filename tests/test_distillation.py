@@ -149,19 +149,21 @@ def test_pearson_is_one_minus_the_correlation_of_the_channels():
 # Pairs
 
 
-def test_heads_pair_by_stride_and_shape_of_their_anchors(caplog):
+def test_heads_pair_by_stride_and_shape_of_their_anchors():
     student = network()
     swapped = TINY.replace("mask=0,1", "mask=x").replace("mask=2,3", "mask=0,1").replace("mask=x", "mask=2,3")
     near = network(TINY.replace("12,12, 28,28", "29,27, 13,11"))
-    pairs = find_pairs(student, near, KINDS)
+    pairs, _ = find_pairs(student, near, KINDS)
     assert pairs["logits"] == pairs["box"] == [Pair(0, 0, ((0, 1), (1, 0))), Pair(1, 1, ((0, 0), (1, 1)))]
     other = network(swapped)
-    assert [pair.anchors for pair in find_pairs(student, other, ("cwd",))["cwd"]] == [(), ()]
+    assert [pair.anchors for pair in find_pairs(student, other, ("cwd",))[0]["cwd"]] == [(), ()]
     with pytest.raises(
         DataError, match=r"--kd box: no head of .*: stride 8: no anchor is .*\(cwd, pkd, mgd would suit"
     ):
         find_pairs(student, other, ("cwd", "box"))
-    assert list(find_pairs(student, other, ("logits", "cwd"), is_strict=False)) == ["cwd"]
+    pairs, lines = find_pairs(student, other, ("logits", "cwd"), is_strict=False)
+    assert list(pairs) == ["cwd"]
+    assert lines[0].startswith("--kd logits: left out, no head has a partner: stride 8: no anchor is within")
 
 
 def test_heads_of_other_strides_and_classes_that_exclude_each_other():
@@ -170,15 +172,15 @@ def test_heads_of_other_strides_and_classes_that_exclude_each_other():
         find_pairs(network(), coarse, ("cwd",))
     student = network()
     student.heads[0] = replace(student.heads[0], is_softmax=True)
-    assert [pair.student for pair in find_pairs(student, network(), ("logits",))["logits"]] == [1]
+    assert [pair.student for pair in find_pairs(student, network(), ("logits",))[0]["logits"]] == [1]
 
 
-def test_one_head_without_a_partner_is_told(capsys, caplog):
+def test_one_head_without_a_partner_is_told():
     student = network(TINY.replace("12,12, 28,28, 44,44, 72,72", "12,12, 28,28, 4,4, 7,7"))
-    with caplog.at_level("INFO", logger="darkslim"):
-        find_pairs(student, network(), ("logits",))
-    text = caplog.text + capsys.readouterr().out
-    assert "--kd logits: heads without a partner: stride 16: no anchor is within a factor of 1.25" in text
+    distiller = Distiller(student, network(), Lessons(("logits", "cwd")))
+    assert distiller.describe()[1:] == [
+        "--kd logits: heads without a partner: stride 16: no anchor is within a factor of 1.25 of one of the teacher's"
+    ]
 
 
 # Training
@@ -267,7 +269,7 @@ def test_every_two_cfgs_of_the_zoo_have_something_to_compare():
     assert len(models) > 30
     for student in models:
         for teacher in models:
-            found = find_pairs(student, teacher, ("logits", "cwd"), is_strict=False)
+            found, _ = find_pairs(student, teacher, ("logits", "cwd"), is_strict=False)
             assert found["cwd"]
             if student is teacher:
                 assert len(found["logits"]) == len(found["cwd"]) == len(student.heads)

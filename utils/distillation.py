@@ -55,7 +55,8 @@ class Distiller:
         self.teacher = teacher.fuse().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.heads = student.heads
         self.lessons = lessons
-        self.pairs = find_pairs(student, teacher, lessons.kinds or DEFAULT, is_strict=bool(lessons.kinds))
+        kinds = lessons.kinds or DEFAULT
+        self.pairs, self.notes = find_pairs(student, teacher, kinds, is_strict=bool(lessons.kinds))
         mapped = next((pairs for kind, pairs in self.pairs.items() if kind in features.STRATEGIES), [])
         layers = [feature_layer(student, student.heads[pair.student]) for pair in mapped]
         self.layers = [feature_layer(teacher, teacher.heads[pair.teacher]) for pair in mapped]
@@ -119,12 +120,13 @@ class Distiller:
         self.pupil.aids.load_state_dict(state["aids"])
         self.means = dict(state["means"])
 
-    def describe(self) -> str:
-        """Say in a line what is learned from which teacher."""
+    def describe(self) -> list[str]:
+        """Say in lines what is learned from which teacher, and what is not."""
         lessons, count = self.lessons, sum(parameter.numel() for parameter in self.pupil.aids.parameters())
         how = f"weight {lessons.weight:g}" if lessons.weight else f"at {lessons.share:g} of the detection loss"
         aids = f"; {count:,} parameters learn along and are not saved with the network" if count else ""
-        return f"learns {'+'.join(self.pairs)} from {self.teacher.cfg.path}, {how}, {lessons.schedule}{aids}"
+        what = f"learns {'+'.join(self.pairs)} from {self.teacher.cfg.path}"
+        return [f"{what}, {how}, {lessons.schedule}{aids}", *self.notes]
 
     def _compare_outputs(
         self,

@@ -9,7 +9,7 @@ from models.yolo import HeadSpec
 
 from . import feature_distillation as features
 from . import output_distillation as outputs
-from .log import DataError, log
+from .log import DataError
 
 KINDS = (*outputs.STRATEGIES, *features.STRATEGIES)
 MAX_RATIO = 1.25  # anchors are alike whose sides differ by less than this factor: such boxes overlap by 0.64 at least
@@ -25,35 +25,35 @@ class Pair(NamedTuple):
 
 def find_pairs(
     student: Darknet, teacher: Darknet, kinds: Sequence[str], *, is_strict: bool = True
-) -> dict[str, list[Pair]]:
-    """Give for each of the strategies `kinds` the heads that it has a meaning for, and tell which have no partner.
+) -> tuple[dict[str, list[Pair]], list[str]]:
+    """Give for each of the strategies `kinds` the heads that it has a meaning for, and lines on those left alone.
 
     Raises DataError where a strategy suits no head at all; unless `is_strict`, as long as another one does.
     """
-    pairs = _pair_heads(student.heads, teacher.heads)
-    found = {kind: [pair for pair in pairs if not _obstacle(kind, student, teacher, pair)] for kind in KINDS}
+    pairs = [_partner(place, head, teacher.heads) for place, head in enumerate(student.heads)]
+    obstacles = {kind: [_obstacle(kind, student, teacher, pair) for pair in pairs] for kind in KINDS}
+    useful = [kind for kind in KINDS if "" in obstacles[kind]]
+    lines = []
     for kind in kinds:
-        others = [
-            spec for place, spec in enumerate(student.heads) if place not in {pair.student for pair in found[kind]}
+        reasons = [
+            f"stride {min(head.stride):g}: {why}"
+            for head, why in zip(student.heads, obstacles[kind], strict=True)
+            if why
         ]
-        reasons = []
-        for spec in others:
-            pair = next((pair for pair in pairs if student.heads[pair.student] is spec), None)
-            why = _obstacle(kind, student, teacher, pair) if pair else "no head of the teacher has this stride"
-            reasons.append(f"stride {min(spec.stride):g}: {why}")
-        text = "; ".join(reasons)
-        if found[kind]:
-            if text:
-                log.info("--kd %s: heads without a partner: %s", kind, text)
-        elif is_strict or not any(found[each] for each in kinds):
-            useful = ", ".join(each for each in KINDS if found[each]) or "no strategy"
+        if kind not in useful and (is_strict or not {*kinds} & {*useful}):
             raise DataError(
-                f"--kd {kind}: no head of {student.cfg.path} has a partner in {teacher.cfg.path}: {text}"
-                f" ({useful} would suit them)"
+                f"--kd {kind}: no head of {student.cfg.path} has a partner in {teacher.cfg.path}: {'; '.join(reasons)}"
+                f" ({', '.join(useful) or 'no strategy'} would suit them)"
             )
-        else:
-            log.info("--kd %s is left out, no head has a partner: %s", kind, text)
-    return {kind: found[kind] for kind in kinds if found[kind]}
+        if reasons:
+            which = "heads without a partner" if kind in useful else "left out, no head has a partner"
+            lines.append(f"--kd {kind}: {which}: {'; '.join(reasons)}")
+    found = {
+        kind: [pair for pair, why in zip(pairs, obstacles[kind], strict=True) if pair and not why]
+        for kind in kinds
+        if kind in useful
+    }
+    return found, lines
 
 
 def feature_layer(model: Darknet, head: HeadSpec) -> int:
@@ -67,16 +67,10 @@ def feature_layer(model: Darknet, head: HeadSpec) -> int:
     return model.layers[index].inputs[0] if index >= 0 else -1
 
 
-def _pair_heads(student: Sequence[HeadSpec], teacher: Sequence[HeadSpec]) -> list[Pair]:
-    """Give for every head of the student that has one the teacher's head of its stride, the one most like it."""
-    pairs = []
-    for place, own in enumerate(student):
-        found = [
-            Pair(place, other, _alike(own, spec)) for other, spec in enumerate(teacher) if spec.stride == own.stride
-        ]
-        if found:
-            pairs.append(max(found, key=lambda pair: len(pair.anchors)))
-    return pairs
+def _partner(place: int, own: HeadSpec, teacher: Sequence[HeadSpec]) -> Pair | None:
+    """Give the teacher's head of a head's stride, of several the one most like it."""
+    found = [Pair(place, other, _alike(own, spec)) for other, spec in enumerate(teacher) if spec.stride == own.stride]
+    return max(found, key=lambda pair: len(pair.anchors), default=None)
 
 
 def _alike(own: HeadSpec, other: HeadSpec) -> tuple[tuple[int, int], ...]:
@@ -89,8 +83,10 @@ def _alike(own: HeadSpec, other: HeadSpec) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def _obstacle(kind: str, student: Darknet, teacher: Darknet, pair: Pair) -> str:
+def _obstacle(kind: str, student: Darknet, teacher: Darknet, pair: Pair | None) -> str:
     """Say why a strategy has no meaning for two heads, or nothing."""
+    if not pair:
+        return "no head of the teacher has this stride"
     own, other = student.heads[pair.student], teacher.heads[pair.teacher]
     if kind in features.STRATEGIES:
         maps = [feature_layer(student, own), feature_layer(teacher, other)]

@@ -34,7 +34,7 @@ def logits(
 
     KL divergence (https://arxiv.org/abs/1503.02531), of every class alone or, with softmax, of all together, at
     `temperature` and times its square; weighted by the teacher's objectness
-    (https://arxiv.org/abs/1805.06361, section 3.1), by whose sum it is to be divided. Objectness has temperature 1.
+    (https://arxiv.org/abs/1805.06361), by whose sum it is to be divided. Objectness has temperature 1.
     """
     ours, theirs = _logits(student), _logits(teacher)
     confidence = theirs[..., 0].sigmoid()  # [B, A, H, W]
@@ -53,7 +53,7 @@ def box(
     """Draw boxes to the teacher's where those are nearer to the truth, as much as they overlap with it.
 
     Bounded by the teacher as in "Learning efficient object detection models with knowledge distillation" (Chen et al.,
-    NeurIPS 2017, section 3.3), whose regression is to the truth; that the detection loss does. Divided by the matches
+    NeurIPS 2017), whose regression is to the truth; that the detection loss does. Divided by the matches
     of the student's anchors with truths.
     """
     matches = assign(targets, student.t.shape[2:4], student.spec, size, Recipe())

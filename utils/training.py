@@ -85,8 +85,9 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
     if filled:
         log.info("%s fills layers %s, the others start fresh", args.weights, describe(model, filled))
-    if distiller:
-        log.info("%s", distiller.describe())
+    for line in distiller.describe() if distiller else []:
+        log.info("%s", line)
+    if teacher and not (resumed or args.nosave):
         save_teacher(teacher, folder)
     pictures, batches = training_pictures(model, train_set, data.train, sizes, recipe, args)
     run.draw_inputs(pictures, batches, valid_set)
