@@ -247,7 +247,8 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     trainer.scaler.unscale_(trainer.optimizer)
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
     if trainer.distiller:  # apart, so that the student's steps do not depend on them
-        norm = norm + nn.utils.clip_grad_norm_(trainer.distiller.pupil.aids.parameters(), trainer.max_gradient)
+        aids = list(trainer.distiller.pupil.aids.parameters())
+        norm = norm + nn.utils.clip_grad_norm_(aids, trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
     if after_backward:
