@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Darknet
@@ -60,8 +59,9 @@ def generate(channels: int, wanted: int) -> nn.Module:
 
 def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Compare where each channel [B, C, H, W] looks: KL of its softmax over the cells, https://arxiv.org/abs/2011.13256."""
-    ours, theirs = ((x.flatten(2) / temperature).log_softmax(2) for x in (student, teacher))  # [B, C, H*W]
-    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(2)  # [B, C]
+    ours, theirs = ((x / temperature).permute(0, 2, 3, 1).flatten(1, 2) for x in (student, teacher))  # [B, H*W, C]
+    away = theirs.log_softmax(1) - ours.log_softmax(1)  # in this layout, channels_last's, softmax copies nothing
+    divergence = (theirs.softmax(1) * away).sum(1)  # [B, C]
     return temperature**2 * divergence.mean(1)
 
 
