@@ -104,7 +104,7 @@ class Distiller:
                 total, count = self._compare_features(kind, compared[kind], their_features)
             sums.append(total)
             counts.append(count)
-        least = 1 / dist.world_size()
+        least = 1 / dist.world_size()  # one match, or one object that the teacher sees, of all processes
         shares = [max(mean, least) for mean in dist.averages(torch.stack(counts).tolist())]
         losses = {kind: total / share for kind, total, share in zip(self.pairs, sums, shares, strict=True)}
         weights = self._weigh(losses, loss)
