@@ -29,7 +29,8 @@ from utils.augment import MIN_SIDE
 from utils.boxes import Fit
 from utils.datasets import Batch, Item, Key, Pictures, TrainingBatches, collate, make_loader
 from utils.device import seed_everything
-from utils.engine import make_freeze, make_step_loss, make_trainer, train_one_epoch
+from utils.distillation import Distiller, Lessons
+from utils.engine import distribute, make_freeze, make_step_loss, make_trainer, train_one_epoch
 from utils.labels import Labelled, check_labels
 from utils.lists import load_data
 from utils.log import start_logging
@@ -191,12 +192,17 @@ def random_batch(number: int, side: int, boxes: int = 20) -> Batch:
     return Batch(pictures, targets, list(range(number)), [])
 
 
-def our_epoch(cfg: str | Path, dtype: torch.dtype) -> Callable[[Any], object]:
-    """Make what trains a network on the batches of a loader or a list once, as train.py does on the CPU."""
+def our_epoch(cfg: str | Path, dtype: torch.dtype, teacher: Darknet | None = None) -> Callable[[Any], object]:
+    """Make what trains a network on the batches of a loader or a list once, as train.py does on the CPU.
+
+    With a teacher it learns what distill.py takes unless told otherwise.
+    """
     seed_everything(0)
     model, recipe = Darknet(load_cfg(cfg)).to(memory_format=torch.channels_last), Recipe()
-    trainer = make_trainer(model, recipe, epochs=100, steps=100, device=CPU, dtype=dtype)
-    step_loss = make_step_loss(model, model, recipe, CPU, dtype)
+    distiller = Distiller(model, teacher, Lessons()) if teacher else None
+    trainer = make_trainer(model, recipe, epochs=100, steps=100, device=CPU, dtype=dtype, distiller=distiller)
+    network = distribute(model, CPU, distiller.pupil if distiller else None)
+    step_loss = make_step_loss(network, model, recipe, CPU, dtype, distiller)
     freeze = make_freeze(model, 0)
 
     def epoch(batches: Any) -> object:

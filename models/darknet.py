@@ -1,6 +1,7 @@
 """The network: a Cfg becomes an nn.Module whose forward pass is Darknet's own loop over its layers."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,15 +63,26 @@ class Darknet(nn.Module):
         return self.heads[0].classes if self.heads else self.layers[-1].channels
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        outputs, kept = {-1: x}, []
+        return self._run(x)[0]
+
+    def features(self, x: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Give what `forward` gives, and beside it the outputs of some layers, in their order."""
+        kept, found = self._run(x, layers)
+        return kept, [found[index] for index in layers]
+
+    def _run(self, x: Tensor, wanted: Sequence[int] = ()) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Go through the layers; give what `forward` returns, and the outputs `wanted` by their index."""
+        outputs, kept, found = {-1: x}, [], {}
         for index, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
             output = block(*[outputs[i] for i in layer.inputs])
             outputs[index] = output.detach() if layer.rules.is_detached else output
             if index in self._kept:
                 kept.append(outputs[index])
+            if index in wanted:
+                found[index] = outputs[index]
             for done in self._done[index]:
                 del outputs[done]
-        return kept
+        return kept, found
 
     def freeze(self, iteration: int) -> None:
         """Let the parameters learn that learn in `iteration` (from 0 on), as `stopbackward`, `train_only_bn` say."""

@@ -86,6 +86,12 @@ FLOORS = {
     "utils/backbone.py": 6,
     "utils/compose.py": 6,
     "utils/convert.py": 6,
+    "utils/distillation.py": 5,
+    "utils/distillation_flags.py": 5,
+    "utils/feature_distillation.py": 5,
+    "utils/head_pairs.py": 5,
+    "utils/output_distillation.py": 5,
+    "utils/teacher.py": 5,
     "utils/train_flags.py": 5,
     "utils/training_data.py": 5,
     "utils/survey.py": 5,
@@ -106,11 +112,13 @@ FLOORS = {
     "utils/sensitivity.py": 6,
     "utils/sources.py": 6,
     "utils/timing.py": 6,
+    "utils/training.py": 6,
     "utils/writer.py": 6,
     "detect.py": 7,
     "test.py": 7,
     "normal_prune.py": 7,
     "train.py": 7,
+    "distill.py": 7,
 }
 
 Sources = dict[str, str]

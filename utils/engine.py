@@ -22,6 +22,7 @@ from . import dist
 from .darknet_loss import darknet_loss
 from .darknet_recipe import DarknetRecipe
 from .datasets import Item, to_input
+from .distillation import Distiller
 from .log import DataError
 from .loss import detection_loss
 from .schedule import AnyRecipe, make_ema, make_optimizer, make_scheduler
@@ -34,7 +35,8 @@ StepLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What an epoch changes: the network, its optimizer, schedule, moving average, gradient scaler and sparsity."""
+    """What an epoch changes: the network, its optimizer, schedule, moving average, gradient scaler, sparsity, and what
+    learns along with it from a teacher."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -43,6 +45,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     max_gradient: float = math.inf
     sparsity: Sparsity | None = None
+    distiller: Distiller | None = None
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next epoch depends on, beside the epoch's number."""
@@ -53,6 +56,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict(),
             "s": self.sparsity.s if self.sparsity else 0.0,
+            "distiller": self.distiller.state() if self.distiller else {},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -64,6 +68,8 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         if self.sparsity and "s" in state:
             self.sparsity.s = state["s"]
+        if self.distiller:
+            self.distiller.restore(state["distiller"])
 
 
 def make_trainer(
@@ -75,13 +81,14 @@ def make_trainer(
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
+    distiller: Distiller | None = None,
 ) -> Trainer:
     """Make the trainer of `epochs` of `steps` optimizer steps; gradients are scaled for fp16 alone."""
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(distiller.pupil if distiller else model, recipe)
     scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps, seed=seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     limit = math.inf if isinstance(recipe, DarknetRecipe) else MAX_GRADIENT
-    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit)
+    return Trainer(model, optimizer, scheduler, make_ema(model, recipe), scaler, limit, distiller=distiller)
 
 
 def start_sparsity(
@@ -95,17 +102,27 @@ def start_sparsity(
 
 
 def make_step_loss(
-    network: nn.Module, model: Darknet, recipe: AnyRecipe, device: torch.device, dtype: torch.dtype
+    network: nn.Module,
+    model: Darknet,
+    recipe: AnyRecipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    distiller: Distiller | None = None,
 ) -> StepLoss:
-    """Make the loss of one batch: forward through `network`, the model or what wraps it, in `dtype`, loss in fp32."""
+    """Make the loss of one batch: forward through `network`, the model or what wraps it, in `dtype`, loss in fp32.
+
+    With a distiller `network` is its pupil, or what wraps that.
+    """
 
     def step_loss(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            raws = network(x)
+            raws, compared = network(x) if distiller else (network(x), {})
         size = (x.shape[2], x.shape[3])
         if isinstance(recipe, DarknetRecipe):
-            return darknet_loss(raws, targets, model.heads, size, recipe.heads)
-        return detection_loss(raws, targets, model.heads, size, recipe)
+            loss, parts = darknet_loss(raws, targets, model.heads, size, recipe.heads)
+        else:
+            loss, parts = detection_loss(raws, targets, model.heads, size, recipe)
+        return distiller.add(x, targets, raws, compared, loss, parts, dtype) if distiller else (loss, parts)
 
     return step_loss
 
@@ -157,13 +174,17 @@ def _no_compiler(error: Exception) -> str:
     return f"--compile: torch.compile does not work here: {reason} (leave it out)"
 
 
-def distribute(model: Darknet, device: torch.device) -> nn.Module:
-    """Wrap a model so that the gradients of a backward pass are means over the processes; alone it stays as it is."""
+def distribute(model: Darknet, device: torch.device, pupil: nn.Module | None = None) -> nn.Module:
+    """Wrap a model, or the pupil that holds it, so that the gradients of a backward pass are means over the processes.
+
+    Alone it stays as it is.
+    """
+    network = pupil or model
     if dist.world_size() == 1:
-        return model
+        return network
     changes = any(layer.rules.stop_backward > 1 for layer in model.layers)  # of what learns, during the training
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=changes)
+    return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=changes)
 
 
 def train_one_epoch(
@@ -228,6 +249,9 @@ def _step(trainer: Trainer, after_backward: Callable[[], None] | None) -> None:
     scale = trainer.scaler.get_scale()
     trainer.scaler.unscale_(trainer.optimizer)
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.max_gradient)
+    if trainer.distiller:  # apart, so that the student's steps do not depend on them
+        aids = list(trainer.distiller.pupil.aids.parameters())
+        norm = norm + nn.utils.clip_grad_norm_(aids, trainer.max_gradient)
     if not trainer.scaler.is_enabled() and not norm.isfinite():
         raise DataError(f"the gradient is {norm.item()}; the last checkpoint is kept (lower --lr)")
     if after_backward:

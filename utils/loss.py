@@ -73,17 +73,30 @@ BOX_LOSSES = {
 }
 
 
+def predicted_boxes(t: Tensor, places: tuple[Tensor, ...], spec: HeadSpec, size: tuple[int, int]) -> Tensor:
+    """Decode outputs t [B, A, H, W, 5+C] at M places into boxes xyxy_px [M, 4]."""
+    _, anchor, row, column = places
+    chosen = t[places][:, :4].clamp(max=10)  # e^10: overflow guard
+    xy, wh = to_xywh(chosen, torch.stack((column, row), 1), t.new_tensor(spec.anchors)[anchor], spec)
+    wh = wh.clamp_min(0.01)  # px: a side of 0 has no aspect ratio, and its loss would be NaN
+    return box_convert(torch.cat((xy * _cell_px(t, size), wh), 1), "cxcywh", "xyxy")
+
+
+def truth_boxes(t: Tensor, matches: Matches, size: tuple[int, int]) -> Tensor:
+    """Give the boxes xyxy_px [M, 4] that cells of outputs t [B, A, H, W, 5+C] answer for."""
+    return box_convert(torch.cat((matches.boxes[:, :2] * _cell_px(t, size), matches.boxes[:, 2:]), 1), "cxcywh", "xyxy")
+
+
 def _box_loss(t: Tensor, matches: Matches, spec: HeadSpec, size: tuple[int, int], recipe: Recipe) -> Tensor:
     """Give the loss of every matched box [M], computed in network-input pixels."""
-    _, anchor, row, column = matches.places
-    chosen, (H, W) = t[matches.places][:, :4], t.shape[2:4]
-    cell_px = t.new_tensor([size[1] / W, size[0] / H])
-    anchors = t.new_tensor(spec.anchors)[anchor]
-    xy, wh = to_xywh(chosen.clamp(max=10), torch.stack((column, row), 1), anchors, spec)  # e^10: overflow guard
-    wh = wh.clamp_min(0.01)  # px: a side of 0 has no aspect ratio, and its loss would be NaN
-    predicted = box_convert(torch.cat((xy * cell_px, wh), 1), "cxcywh", "xyxy")
-    truth = box_convert(torch.cat((matches.boxes[:, :2] * cell_px, matches.boxes[:, 2:]), 1), "cxcywh", "xyxy")
-    return BOX_LOSSES[recipe.box_loss](predicted, truth)
+    predicted = predicted_boxes(t, matches.places, spec, size)
+    return BOX_LOSSES[recipe.box_loss](predicted, truth_boxes(t, matches, size))
+
+
+def _cell_px(t: Tensor, size: tuple[int, int]) -> Tensor:
+    """Give the (width, height) of a cell in pixels of the input."""
+    H, W = t.shape[2:4]
+    return t.new_tensor([size[1] / W, size[0] / H])
 
 
 def _scores(t: Tensor, matches: Matches, spec: HeadSpec) -> Tensor:

@@ -1,4 +1,4 @@
-"""The flags of train.py, what they rule out together, and the recipe that they choose."""
+"""The flags of train.py and distill.py, what they rule out together, and the recipe that they choose."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from models import Cfg
 
 from . import cli, dist
 from .darknet_recipe import read_darknet_recipe
+from .distillation_flags import add_distillation_flags, distillation_problem
 from .log import DataError, log
 from .recipe import Recipe, load_recipe
 from .schedule import AnyRecipe
@@ -18,8 +19,8 @@ EPOCHS, BATCH_SIZE = 300, 16
 OURS = "hyp lr adam multi_scale rect".split()  # flags that mean nothing where the cfg is the recipe
 
 
-def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(doc: str | None, argv: Sequence[str] | None, *, is_distilling: bool = False) -> argparse.Namespace:
+    """Read the command line; `is_distilling` asks for a teacher."""
     parser = cli.make_parser(doc)
     cli.add_model_flags(parser, is_training=True)
     cli.add_run_flags(parser, is_training=True)
@@ -50,7 +51,10 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     add(
         "--sr-target", type=cli.fraction, default=0.5, help="share of the channels that is to go (default: %(default)s)"
     )
+    add_distillation_flags(parser)
     args = parser.parse_args(argv)
+    if is_distilling and not (args.t_weights or args.resume):
+        parser.error("give --t_weights, the teacher's, and with a .weights file its --t_cfg")
     if problem := _problem(args, parser):
         parser.error(problem)
     args.processes = dist.world_size()
@@ -139,7 +143,7 @@ def _problem(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         return "--img-size expects N, or MIN MAX [TEST] with MIN at most MAX"
     if len(set(sizes[:2])) > 1 and not args.multi_scale:
         return "--img-size MIN MAX needs --multi-scale"
-    if problem := _sparsity_problem(args, given):
+    if problem := _sparsity_problem(args, given) or distillation_problem(args, given):
         return problem
     if args.patience and args.notest:
         return "--patience needs the tests that --notest leaves out"
