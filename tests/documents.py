@@ -11,13 +11,14 @@ import torchvision
 from conftest import Outcome
 
 from docs import draw_blocks
-from utils import backbone, check, compose, convert, lint
+from utils import backbone, check, compose, convert, export, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
 MODULES = {
     "utils.backbone": backbone,
     "utils.check": check,
     "utils.convert": convert,
+    "utils.export": export,
     "utils.lint": lint,
     "utils.compose": compose,
     "docs.draw_blocks": draw_blocks,
