@@ -246,7 +246,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(command, tr
 def test_commands_of_the_document_run(command, trained, tmp_path):
     (tmp_path / "weights").mkdir()
     trained.rename(tmp_path / "weights/best.pt")
-    (code,) = [block for kind, block in code_blocks((ROOT / "docs/export.md").read_text()) if kind == "bash"]
+    code, _ = [block for kind, block in code_blocks((ROOT / "docs/export.md").read_text()) if kind == "bash"]
     for line in code.splitlines()[1:]:
         run_python(line, command)
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from models import Darknet, dump, save_weights
 from models.layers import OWN
-from models.layers_dense import Connected
 from models.quant import QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
@@ -72,15 +71,34 @@ def describe(args: argparse.Namespace, detector: cli.Detector) -> Metadata:
     """Gather what the file says of itself. Raises DataError where the network cannot have the size."""
     model = detector.model
     size = cli.network_size(model, args.img_size)
-    is_bound = any(isinstance(module, Connected) for module in model.modules())
-    if is_bound and size != model.size:
+    if model.is_fixed and size != model.size:
         raise DataError(f"--img-size {args.img_size}: a fully connected layer of {model.cfg.path} takes its size alone")
-    return Metadata(
+    return describe_network(
+        model,
         outputs=DETECTED if args.nms else DECODED if args.decode else RAW,
         names=detector.names,
         data=detector.data.path if detector.data else "",
         size=size,
-        is_fixed=args.fixed or is_bound,
+        is_fixed=args.fixed,
+    )
+
+
+def describe_network(
+    model: Darknet,
+    *,
+    outputs: str,
+    names: tuple[str, ...],
+    size: tuple[int, int],
+    data: str = "",
+    is_fixed: bool = False,
+) -> Metadata:
+    """Give the metadata of a network of `size` (height, width), which is fixed where it has to be."""
+    return Metadata(
+        outputs=outputs,
+        names=names,
+        data=data,
+        size=size,
+        is_fixed=is_fixed or model.is_fixed,
         channels=model.channels,
         stride=model.stride,
         heads=tuple(model.heads),
