@@ -11,11 +11,12 @@ import torchvision
 from conftest import Outcome
 
 from docs import draw_blocks
-from utils import backbone, check, compose, convert, export, lint
+from utils import backbone, benchmark, check, compose, convert, export, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
 MODULES = {
     "utils.backbone": backbone,
+    "utils.benchmark": benchmark,
     "utils.check": check,
     "utils.convert": convert,
     "utils.export": export,

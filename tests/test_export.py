@@ -1,5 +1,6 @@
 """What utils.export writes: ONNX graphs that compute what the networks compute, and files that describe themselves."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -244,10 +245,12 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(command, tr
 
 
 def test_commands_of_the_document_run(command, trained, tmp_path):
+    shutil.copytree(ROOT / "cfg", tmp_path / "cfg")
     (tmp_path / "weights").mkdir()
     trained.rename(tmp_path / "weights/best.pt")
-    code, _ = [block for kind, block in code_blocks((ROOT / "docs/export.md").read_text()) if kind == "bash"]
+    code, _, timing = [block for kind, block in code_blocks((ROOT / "docs/export.md").read_text()) if kind == "bash"]
     for line in code.splitlines()[1:]:
         run_python(line, command)
+    run_python(timing.strip(), command)
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert written == {"best.onnx", "best-nms.onnx", "best.weights", "plain.cfg", "plain.weights"}
+    assert written == {"best.onnx", "best-nms.onnx", "best.weights", "plain.cfg", "plain.weights", "speed.json"}

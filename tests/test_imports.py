@@ -103,6 +103,7 @@ FLOORS = {
     "utils/check.py": 6,
     "utils/findings.py": 6,
     "utils/engine.py": 6,
+    "utils/benchmark.py": 6,
     "utils/cfg_keys.py": 6,
     "utils/evaluate.py": 6,
     "utils/export.py": 6,
