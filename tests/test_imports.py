@@ -107,6 +107,7 @@ FLOORS = {
     "utils/cfg_keys.py": 6,
     "utils/evaluate.py": 6,
     "utils/export.py": 6,
+    "utils/int8.py": 6,
     "utils/lint.py": 6,
     "utils/memory.py": 6,
     "utils/plots.py": 6,

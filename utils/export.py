@@ -3,7 +3,7 @@
     python -m utils.export --weights weights/best.pt --output best.onnx
 
 Writes an .onnx that describes itself, so that test.py and detect.py take it as --weights; says how far its outputs are
-from the network's. Takes seconds.
+from the network's. Takes seconds; --int8, which calibrates on training pictures and tests both forms, a minute or more.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from models.quant import QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
 from . import cli
+from .int8 import compare, quantise, table
+from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
 from .onnx_heads import write_decode, write_nms
@@ -114,17 +116,37 @@ def write_onnx(args: argparse.Namespace, detector: cli.Detector, path: Path) -> 
     nms = {"conf_thres": args.conf_thres, "iou_thres": args.iou_thres, "max_det": args.max_det}
     if args.nms and model.diou_beta is not None:
         log.info("%s asks for diounms, which ONNX has not: the graph suppresses by IoU", model.cfg.path)
-    _, data = make_onnx(model, metadata, nms=nms)
+    graph, data = make_onnx(model, metadata, nms=nms)
+    if args.int8:
+        data, metadata = make_int8(args, detector, graph, data, metadata)
     write_atomically(path, lambda partial: partial.write_bytes(data))
     sides = f"{metadata.size[1]}x{metadata.size[0]}{'' if metadata.is_fixed else ' or any other size'}"
     log.info("%s: %s, %s, any batch, %.1f MB", metadata.outputs, metadata.arithmetic, sides, len(data) / 1e6)
-    if metadata.outputs == DETECTED:
+    if args.int8 or metadata.outputs == DETECTED:
         return
     error = difference(data, model, metadata)
     why = " (in simulated quantisation rounding errors become whole levels)" if bits(model) else ""
     log.info("ONNX Runtime differs from PyTorch by %.1e of the largest value%s", error, why)
     if not error < BOUND and not why:
         log.warning("%s: that is more than rounding explains (%.0e)", path, BOUND)
+
+
+def make_int8(
+    args: argparse.Namespace, detector: cli.Detector, graph: Any, data: bytes, metadata: Metadata
+) -> tuple[bytes, Metadata]:
+    """Give the integer form of an ONNX model and say what it costs. Raises DataError."""
+    model, source = detector.model, detector.data
+    if bits(model):
+        raise DataError(f"--int8: {model.cfg.path} has quantised convolutions of its own (--int8 is for float ones)")
+    if source is None or source.train is None:
+        raise DataError("--int8: needs pictures to calibrate with (give a --data with train=)")
+    train = check_labels(source.train, len(source.names))
+    quantised, described = quantise(
+        graph, model, metadata, train, images=args.calibrate, reduce_range=args.reduce_range
+    )
+    valid = check_labels(source.valid, len(source.names)) if source.valid else None
+    log.info(table(compare({"FP32": data, "INT8": quantised}, valid, detector.names, metadata.size)))
+    return quantised, described
 
 
 def write_weights(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -181,6 +203,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--conf-thres", type=cli.fraction, default=0.3, help="of --nms: least score (default: 0.3)")
     parser.add_argument("--iou-thres", type=cli.fraction, default=0.6, help="of --nms: overlap allowed (default: 0.6)")
     parser.add_argument("--max-det", type=cli.positive, default=300, help="of --nms: boxes a class (default: 300)")
+    parser.add_argument("--int8", action="store_true", help="quantise it, calibrated on train= of --data")
+    parser.add_argument("--calibrate", type=cli.positive, default=300, help="of --int8: pictures (default: 300)")
+    parser.add_argument(
+        "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
+    )
     args = parser.parse_args(argv)
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     suffix = Path(args.output).suffix
@@ -189,9 +216,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         wanted = FORMATS[args.format] if args.format else " or ".join(by_suffix)
         parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
     is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
+    is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
     idle = [flag for flag, value in is_set.items() if value]
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
+    if args.int8 and args.nms:
+        parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
+    if args.reduce_range and not args.int8:
+        parser.error("argument --reduce-range: goes with --int8 alone")
     return args
 
 

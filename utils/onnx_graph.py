@@ -66,6 +66,8 @@ class Graph:
             value = np.float32(value)
         array = np.ascontiguousarray(value).reshape(np.shape(value))  # 0-d stays so
         name = f"{array.dtype}{list(array.shape)}_{hashlib.sha1(array.tobytes()).hexdigest()[:16]}"
+        if array.ndim and array.dtype == np.float32:
+            name = self.prefix + name  # a quantiser gives the weights and biases of each layer scales of their own
         if name not in self.constants:
             self.constants[name] = self.onnx.numpy_helper.from_array(array, name)
         return name
