@@ -149,5 +149,6 @@ def table(forms: list[Form]) -> str:
         rows += [(f"mAP{key}", [f"{getattr(form, name):.4f}" for form in forms]) for key, name in MEANS.items()]
     rows.append(("MB", [f"{form.size / 1e6:.2f}" for form in forms]))
     rows.append(("ms", [f"{form.timing.ms:.2f}" for form in forms]))
+    rows.append(("± ms", [f"{form.timing.spread_ms:.2f}" for form in forms]))
     rows.append(("times as fast", [f"{first.timing.ms / form.timing.ms:.2f}" for form in forms]))
     return "\n".join(f"{key:<14}" + "".join(f"{value:>10}" for value in values) for key, values in rows)
