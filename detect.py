@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import Darknet
 from utils import cli
 from utils.augment import letterbox, stretch
 from utils.boxes import non_maximum_suppression
 from utils.datasets import to_input, to_tensor
 from utils.device import select_device
 from utils.log import DataError, log
+from utils.network import Network
 from utils.plots import draw_boxes
 from utils.predict import predict
+from utils.runtime import open_detector
 from utils.sources import Frame, count_frames, list_sources, read_frames
 from utils.writer import PictureWriter
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError("--half: needs a GPU")
     if args.view_img and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         raise DataError("--view-img: needs a screen, and there is none here")
-    model, names, *_ = cli.open_detector(args, names=args.names)
+    model, names, *_ = open_detector(args, names=args.names)
     if args.classes and max(args.classes) >= len(names):
         raise DataError(f"--classes {max(args.classes)}: there are {len(names)} classes, 0 to {len(names) - 1}")
     size = cli.network_size(model, args.img_size)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def detect(
-    model: Darknet, picture: np.ndarray, size: tuple[int, int], args: argparse.Namespace, device: torch.device
+    model: Network, picture: np.ndarray, size: tuple[int, int], args: argparse.Namespace, device: torch.device
 ) -> Tensor:
     """Detect on one RGB picture; returns [N, 6] on the CPU: xyxy_px of the picture, score, class."""
     fitted, fit = stretch(picture, size) if args.stretch else letterbox(picture, size)

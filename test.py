@@ -24,6 +24,7 @@ from utils.labels import Labelled, check_labels, merge_classes
 from utils.log import DataError, log
 from utils.protocols import COCO, DARKNET, PROTOCOLS
 from utils.runs import new_folder
+from utils.runtime import open_detector
 from utils.scores import Evaluation
 from utils.timing import benchmark, table
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = select_device(args.device)
     dtype = autocast_type(args.precision, device)
-    detector = cli.open_detector(args)
+    detector = open_detector(args)
     labelled, names = read_truths(detector, is_single=args.single_cls)
     settings = make_settings(args, detector)
     if args.task == "benchmark":
@@ -138,7 +139,7 @@ def make_settings(args: argparse.Namespace, detector: cli.Detector) -> Settings:
         max_det=args.max_det or (detector.data.max_det if protocol is COCO else MAX_CANDIDATES),
         batch_size=args.batch_size,
         workers=args.workers,
-        is_rectangular=not args.square,
+        is_rectangular=not (args.square or detector.model.is_fixed),
         is_stretched=args.stretch,
         is_augmented=args.augment,
         is_single_class=args.single_cls,

@@ -14,7 +14,7 @@ from .layers import REFUSED, SECTIONS, TRAINER_KEYS
 from .layers_conv import Convolution
 from .layers_dense import Connected
 from .macros import MACROS, primitives
-from .yolo import HeadSpec, decode
+from .yolo import HeadSpec, decode_all, diou_beta
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
 
@@ -55,8 +55,13 @@ class Darknet(nn.Module):
 
     @property
     def diou_beta(self) -> float | None:
-        """Exponent of the centres' distance in NMS where the last head asks for `diounms`, as Darknet goes by it."""
-        return self.heads[-1].beta_nms if self.heads[-1].nms_kind == "diounms" else None
+        """Exponent of the centres' distance in NMS where the heads ask for `diounms`."""
+        return diou_beta(self.heads)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Tell whether it runs at its own size alone: a fully connected layer sees the whole map."""
+        return any(isinstance(module, Connected) for module in self.modules())
 
     @property
     def classes(self) -> int:
@@ -114,9 +119,7 @@ class Darknet(nn.Module):
 
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Decode raw maps of an input of `size` (height, width): boxes [B, N, 4] xywh_px and scores [B, N, C]."""
-        pairs = [decode(raw.float(), spec, size) for raw, spec in zip(heads, self.heads, strict=True)]
-        boxes, scores = zip(*pairs, strict=True)
-        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+        return decode_all(heads, self.heads, size)
 
     def fuse(self) -> "Darknet":
         """Return a copy in evaluation mode with every batch normalisation folded into the weights before it."""

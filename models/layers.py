@@ -52,6 +52,9 @@ SECTIONS: dict[str, Builder] = {
     "cost": cost,
 }
 
+# Sections that Darknet itself does not know.
+OWN = frozenset("depthwise quan_convolutional quantize_convolutional BatchNorm2d channel_shuffle eca ca sa".split())
+
 # Darknet's sections that have no place in a detector of pictures: a cfg with one is refused in one line.
 REFUSED: dict[str, str] = {
     "rnn": "is a recurrent text model",

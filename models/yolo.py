@@ -4,6 +4,7 @@ The decode rules are Darknet's (YOLOv3, https://arxiv.org/abs/1804.02767; `scale
 https://arxiv.org/abs/2011.08036; Gaussian YOLOv3, https://arxiv.org/abs/1904.04620). The loss lives elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,18 @@ def to_xywh(t: Tensor, cell: Tensor, anchor: Tensor, spec: HeadSpec) -> tuple[Te
     else:
         xy, size = xy.sigmoid(), wh.exp() * anchor
     return cell + xy * spec.scale_x_y - (spec.scale_x_y - 1) / 2, size  # [..., 2], [..., 2]
+
+
+def decode_all(heads: Sequence[Tensor], specs: Sequence[HeadSpec], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Decode the raw maps of all heads: boxes [B, N, 4] xywh_px and scores [B, N, C], head after head."""
+    pairs = [decode(raw.float(), spec, size) for raw, spec in zip(heads, specs, strict=True)]
+    boxes, scores = zip(*pairs, strict=True)
+    return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+
+
+def diou_beta(specs: Sequence[HeadSpec]) -> float | None:
+    """Give the exponent of the centres' distance in NMS, where the last head asks for `diounms`: Darknet goes by it."""
+    return specs[-1].beta_nms if specs[-1].nms_kind == "diounms" else None
 
 
 def decode(raw: Tensor, spec: HeadSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

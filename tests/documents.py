@@ -11,14 +11,16 @@ import torchvision
 from conftest import Outcome
 
 from docs import draw_blocks
-from utils import backbone, check, compose, convert, lint
+from utils import backbone, benchmark, check, compose, convert, export, lint
 
 SMALLER = {"--epochs": "1", "--img-size": "64", "--batch-size": "4"}
 PRUNING = ["--criterion", "l2", "--force"]  # one epoch parts no γ, and detects nothing
 MODULES = {
     "utils.backbone": backbone,
+    "utils.benchmark": benchmark,
     "utils.check": check,
     "utils.convert": convert,
+    "utils.export": export,
     "utils.lint": lint,
     "utils.compose": compose,
     "docs.draw_blocks": draw_blocks,

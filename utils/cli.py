@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +17,7 @@ from .boxes import scaled_size
 from .device import PRECISIONS
 from .lists import DataSpec, load_data, load_names
 from .log import DataError, log, start_logging
+from .network import Network
 
 BEST = "weights/best.pt"
 MAX_SIDE = 16384  # pixels of a network input
@@ -40,7 +41,7 @@ class Detector(NamedTuple):
     `described` are the names, the path of the data and the recipe as a checkpoint carries them, where they are known.
     """
 
-    model: Darknet
+    model: Network
     names: tuple[str, ...]
     data: DataSpec | None
     described: dict[str, Any]
@@ -80,7 +81,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_training: bool = Fals
         if is_training
         else (
             " (default: the one that a .pt carries)",
-            f".weights or .pt (default: {BEST}, the latest run's)",
+            f".weights or .pt, in test.py and detect.py an .onnx too (default: {BEST}, the latest run's)",
             " (default: the one that a .pt names)",
         )
     )
@@ -133,9 +134,7 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
 
     Raises CfgError, WeightsError, and DataError where something needed is not given.
     """
-    weights = args.weights or BEST
-    if not args.weights and not Path(BEST).is_file():
-        raise DataError(f"--weights: not given, and there is no {BEST} of a training (give --cfg and --weights)")
+    weights = find_weights(args)
     cfg, checkpoint = None, {}
     if Path(weights).suffix == ".pt":
         checkpoint = load_checkpoint(weights)
@@ -144,19 +143,11 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> Detector:
         cfg = load_cfg(args.cfg)
     if cfg is None:
         raise DataError(f"--cfg: not given, and {weights} carries none (only a .pt does)")
-    data_path = args.data or checkpoint.get("data", "")
-    data = load_data(data_path) if args.data or (data_path and Path(data_path).is_file()) else None
+    data = find_data(args, checkpoint)
     model = load_model(cfg, weights, allow_unknown=args.allow_unknown)
-    trained = tuple(checkpoint.get("names", ()))
-    if names:
-        trained, source = load_names(names), names
-    elif args.data and data and not (trained and getattr(args, "single_cls", False)):
-        if trained and trained != data.names:
-            raise DataError(f"{data_path}: names {', '.join(data.names)}, but {weights} learned {', '.join(trained)}")
-        trained, source = data.names, data_path
-    else:
-        source = weights
-    told = {"names": list(trained), "data": data_path, "recipe": checkpoint.get("recipe")}
+    trained, source = name_classes(args, data, checkpoint, weights=weights, names=names)
+    path = args.data or checkpoint.get("data", "")
+    told = {"names": list(trained), "data": path, "recipe": checkpoint.get("recipe")}
     trained = trained or tuple(str(index) for index in range(model.classes))
     check_model(model, trained, source)
     log.info("%s with %s: %d classes", cfg.path, weights, model.classes)
@@ -170,6 +161,36 @@ def check_names(detector: Detector) -> None:
     """Raise DataError where the detector's data name other classes than it learned."""
     if detector.data and detector.names != detector.data.names:
         raise DataError(f"{detector.data.path}: names other classes than the weights learned (give --single-cls?)")
+
+
+def find_weights(args: argparse.Namespace) -> str:
+    """Give --weights or the latest training's. Raises DataError where there are neither."""
+    if not args.weights and not Path(BEST).is_file():
+        raise DataError(f"--weights: not given, and there is no {BEST} of a training (give --cfg and --weights)")
+    return args.weights or BEST
+
+
+def find_data(args: argparse.Namespace, carried: Mapping[str, Any]) -> DataSpec | None:
+    """Read --data, or the .data file that the weights carry the path of, where it is there. Raises DataError."""
+    path = args.data or carried.get("data", "")
+    return load_data(path) if args.data or (path and Path(path).is_file()) else None
+
+
+def name_classes(
+    args: argparse.Namespace, data: DataSpec | None, carried: Mapping[str, Any], *, weights: str, names: str
+) -> tuple[tuple[str, ...], str]:
+    """Give the class names, none where nothing tells them, and what tells them: `names`, --data or the weights.
+
+    Raises DataError where data and weights disagree.
+    """
+    trained = tuple(carried.get("names", ()))
+    if names:
+        return load_names(names), names
+    if args.data and data and not (trained and getattr(args, "single_cls", False)):
+        if trained and trained != data.names:
+            raise DataError(f"{data.path}: names {', '.join(data.names)}, but {weights} learned {', '.join(trained)}")
+        return data.names, data.path
+    return trained, weights
 
 
 def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:
@@ -192,7 +213,7 @@ def check_model(model: Darknet, names: tuple[str, ...], source: str) -> None:
         raise DataError("\n".join(mistakes))
 
 
-def network_size(model: Darknet, longer: int | None) -> tuple[int, int]:
+def network_size(model: Network, longer: int | None) -> tuple[int, int]:
     """Give (height, width) with `longer` as its longer side and the cfg's shape, in multiples of the coarsest stride.
 
     Raises DataError where `longer` is no multiple of the stride.

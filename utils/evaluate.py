@@ -12,8 +12,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert
 
-from models import Darknet
-
 from . import dist
 from .boxes import non_maximum_suppression
 from .datasets import Pictures, evaluation_batches, make_loader, to_input
@@ -21,6 +19,7 @@ from .device import synchronize
 from .ignored import Judge, drop_covered, ignored_truths
 from .labels import Labelled
 from .log import DataError
+from .network import Network
 from .predict import predict
 from .protocols import COCO as COCO_PROTOCOL
 from .protocols import Protocol, rank
@@ -45,7 +44,7 @@ class Settings:
 
 
 def evaluate(
-    model: Darknet,
+    model: Network,
     labelled: Labelled,
     names: tuple[str, ...],
     settings: Settings,
@@ -66,7 +65,7 @@ def evaluate(
 
 @torch.inference_mode()
 def detect_all(
-    model: Darknet, labelled: Labelled, settings: Settings, *, device: torch.device, dtype: torch.dtype
+    model: Network, labelled: Labelled, settings: Settings, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Detect on every image: COCO results (image_id and category_id 0-based, bbox xywh of the picture) and seconds.
 

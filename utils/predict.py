@@ -4,14 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Darknet
-
 from .boxes import scaled_size
+from .network import Network
 
 VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # test-time augmentation: (scale, mirrored)
 
 
-def predict(model: Darknet, x: Tensor, *, is_augmented: bool = False) -> tuple[Tensor, Tensor]:
+def predict(model: Network, x: Tensor, *, is_augmented: bool = False) -> tuple[Tensor, Tensor]:
     """Run inputs [B, C, H, W] in 0..1 and return boxes [B, N, 4] xywh_px and scores [B, N, classes].
 
     With `is_augmented` the boxes of three views (scaled, mirrored) stand one after the other.

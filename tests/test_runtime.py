@@ -1,0 +1,155 @@
+"""test.py and detect.py with an .onnx: the figures and boxes of the same network in PyTorch, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from models.weights import save_checkpoint
+from tests.networks import ROOT, seeded
+from utils import export
+from utils.runtime import OnnxNetwork
+
+DEMO = ROOT / "cfg/demo.cfg"
+
+
+@pytest.fixture
+def trained(tmp_path, scenes) -> Path:
+    """Write demo.pt, a checkpoint of a small network for the drawn pictures, and give its path."""
+    names = (scenes.parent / "demo.names").read_text().split()
+    described = {"cfg": DEMO.read_text(), "cfg_path": "demo.cfg", "names": names, "data": str(scenes)}
+    save_checkpoint(tmp_path / "demo.pt", described | {"model": seeded(DEMO).state_dict()})
+    return tmp_path / "demo.pt"
+
+
+def write(weights: Path, *flags: str) -> Path:
+    """Export weights and give the path of the .onnx."""
+    path = weights.with_name(f"demo{''.join(flags).replace('-', '')}.onnx")
+    export.main(["--weights", str(weights), "--output", str(path), "--img-size", "96", *flags])
+    return path
+
+
+def run_test(command, weights: Path, *flags: object) -> tuple[dict, list[dict]]:
+    """Run test.py and give its means and its detections."""
+    common = ("--img-size", 96, "--noplots", "--workers", 0, "--device", "cpu", "--json", "r.json", "--save-json")
+    outcome = command("test", "--weights", weights, *common, *flags)
+    assert outcome.status == 0, outcome.err
+    means = {key: json.loads(Path("r.json").read_text())[key] for key in ("map50", "map50_95", "precision", "recall")}
+    return means, json.loads(Path("detections.json").read_text())
+
+
+def assert_alike(theirs: list[dict], ours: list[dict]) -> None:
+    """Every box has its twin; boxes of nearly the same score may stand in another order."""
+    assert len(theirs) == len(ours) > 10
+    for key in {_key(row) for row in ours}:
+        found, wanted = (
+            np.array([[*row["bbox"], row["score"]] for row in rows if _key(row) == key]) for rows in (theirs, ours)
+        )
+        assert found.shape == wanted.shape
+        apart = np.abs(found[:, None] - wanted[None]) / (1, 1, 1, 1, 0.01)  # pixels, and hundredths of a score
+        assert apart.max(-1).min(1).max() < 0.01
+
+
+def _key(row: dict) -> tuple[int, int]:
+    return row["image_id"], row["category_id"]
+
+
+@pytest.mark.parametrize("kind", [(), ("--decode",)], ids=["raw", "decoded"])
+@pytest.mark.parametrize("flags", [(), ("--augment", "--batch-size", 3)], ids=["plain", "augmented"])
+def test_test_gives_the_figures_of_pytorch(command, trained, kind, flags):
+    means, boxes = run_test(command, trained, *flags)
+    found, theirs = run_test(command, write(trained, *kind), *flags)
+    assert found == pytest.approx(means, abs=1e-3)
+    assert_alike(theirs, boxes)
+
+
+def test_a_fixed_size_pads_every_picture_to_it(command, trained):
+    means, boxes = run_test(command, trained, "--square")
+    found, theirs = run_test(command, write(trained, "--fixed"))
+    assert found == pytest.approx(means, abs=1e-3)
+    assert_alike(theirs, boxes)
+
+
+def test_detect_finds_the_same_boxes(command, trained, scenes):
+    found = []
+    for weights in (trained, write(trained)):
+        flags = ("--conf-thres", 0.27, "--img-size", 96, "--save-json", "--device", "cpu")
+        outcome = command("detect", "--weights", weights, "--source", scenes.parent / "images/valid", *flags)
+        assert outcome.status == 0, outcome.err
+        found.append(json.loads(Path("output/detections.json").read_text()))
+    assert_alike(found[1], found[0])
+    assert {row["category"] for row in found[1]} <= {"balloon", "butterfly", "fish", "sailboat"}
+
+
+@torch.inference_mode()
+def test_it_has_the_members_of_a_network(trained):
+    network, model = OnnxNetwork(write(trained)), seeded(DEMO)
+    for member in ("stride", "classes", "channels", "diou_beta", "is_fixed"):
+        assert getattr(network, member) == getattr(model, member)
+    assert network.size == (96, 96)
+    assert [*network.heads] == model.heads
+    assert network.fuse().eval().to(device="cpu", memory_format=torch.channels_last) is network
+    x = torch.rand(1, 3, 64, 96).to(memory_format=torch.channels_last)
+    for ours, theirs in zip(model(x), network(x), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "script", "flags", "complaint"),
+    [
+        ("--fixed", "test", ["--augment"], "--augment: {} takes 96x96 alone (export it without --fixed)"),
+        ("--fixed", "test", ["--img-size", 64], "--img-size: {} takes 96x96 alone (export it without --fixed)"),
+        ("--fixed", "test", ["--task", "study"], "--task study: {} takes 96x96 alone (export it without --fixed)"),
+        ("--fixed", "detect", ["--img-size", 64], "--img-size: {} takes 96x96 alone (export it without --fixed)"),
+        ("--nms", "detect", [], "{}: has NMS in it (export it without --nms)"),
+        ("--decode", "detect", ["--cfg", DEMO], "--cfg: {} describes itself (leave --cfg out)"),
+        ("--decode", "test", ["--precision", "bf16"], "--precision bf16: an .onnx computes as it was exported"),
+        (
+            "--decode",
+            "test",
+            ["--task", "benchmark"],
+            "--task benchmark: times forms of a PyTorch network (python -m utils.benchmark times an .onnx)",
+        ),
+    ],
+)
+def test_what_an_onnx_cannot_do_is_refused_in_a_line(command, trained, kind, script, flags, complaint):
+    path = write(trained, kind)
+    outcome = command(script, "--weights", path, "--device", "cpu", *flags)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1] == complaint.format(path)
+
+
+def test_files_that_are_no_such_network(command, trained, tmp_path):
+    graph = onnx.load(write(trained))
+    del graph.metadata_props[:]
+    onnx.save(graph, tmp_path / "foreign.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"nothing like it")
+    for name, complaint in {
+        "foreign.onnx": "does not say what its outputs mean (expected an .onnx of python -m utils.export)",
+        "broken.onnx": "is not an .onnx that ONNX Runtime loads: ",
+        "missing.onnx": "cannot read the network: there is no such file",
+    }.items():
+        for script in ("test", "detect"):
+            outcome = command(script, "--weights", name, "--device", "cpu")
+            assert outcome.status == 2
+            (line,) = outcome.err.splitlines()
+            assert line.startswith(f"{name}: {complaint}")
+
+
+def test_a_names_file_of_another_length(command, trained):
+    Path("two.names").write_text("a\nb\n")
+    outcome = command("detect", "--weights", write(trained), "--names", "two.names", "--device", "cpu")
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].startswith("two.names: names 2 classes, but ")
+
+
+def test_without_the_package_the_command_that_installs_it_is_told(command, trained, monkeypatch):
+    path = write(trained)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = command("detect", "--weights", path, "--device", "cpu")
+    assert outcome.status == 2
+    assert outcome.err == "onnxruntime: is not installed, and this needs it (pip install onnx onnxruntime)\n"

@@ -1,0 +1,161 @@
+"""Time networks against each other on the CPU: in plain PyTorch, fused in channels_last, and in ONNX Runtime.
+
+    python -m utils.benchmark cfg/slim-m.cfg cfg/yolov3-tiny.cfg --img-size 416 --json speed.json
+
+Prints the median time of a forward pass, raw heads without decoding, for every network and backend, all timed in turn
+in one process, and how many times as fast as the first row it is. Ten rows take some 20 s.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models import Darknet, load_cfg
+from models.weights import checkpoint_cfg, load_checkpoint, load_model, write_atomically
+
+from . import cli
+from .export import describe_network, make_onnx
+from .log import DataError, log
+from .network import Network
+from .onnx_metadata import RAW
+from .optional import require
+from .runtime import OnnxNetwork
+from .timing import ROUNDS, summarise, time_in_turn
+
+
+class Entry(NamedTuple):
+    """A network on a backend, and the picture or pictures that it gets."""
+
+    name: str
+    backend: str
+    network: Network
+    x: Tensor
+
+
+def eager(model: Darknet, name: str) -> Network:
+    return copy.deepcopy(model).eval()
+
+
+def fused(model: Darknet, name: str) -> Network:
+    return model.fuse().to(memory_format=torch.channels_last)
+
+
+def onnx(model: Darknet, name: str) -> Network:
+    metadata = describe_network(model, outputs=RAW, names=(), size=model.size)
+    return OnnxNetwork(name, make_onnx(model, metadata)[1])
+
+
+BACKENDS: dict[str, Callable[[Darknet, str], Network]] = {"eager": eager, "fused": fused, "onnx": onnx}
+
+
+def open_network(path: str) -> Darknet | OnnxNetwork:
+    """Load a .cfg with fresh weights, of which speed does not depend, a .pt or an .onnx.
+
+    Raises CfgError, WeightsError, and DataError where the name has another ending.
+    """
+    match Path(path).suffix:
+        case ".onnx":
+            return OnnxNetwork(path)
+        case ".pt":
+            return load_model(checkpoint_cfg(load_checkpoint(path), path), path)
+        case ".cfg":
+            return Darknet(load_cfg(path))
+    raise DataError(f"{path}: expected a name that ends in .cfg, .pt or .onnx")
+
+
+def make_entries(paths: Sequence[str], backends: Sequence[str], *, side: int | None, batch: int) -> list[Entry]:
+    """Make a row of every network and backend; an .onnx has one backend. Raises what open_network raises."""
+    entries = []
+    for path in paths:
+        network = open_network(path)
+        size = cli.network_size(network, side)
+        if network.is_fixed and size != network.size:
+            raise DataError(f"{path}: takes {network.size[1]}x{network.size[0]} alone (give no --img-size)")
+        x = torch.rand(batch, network.channels, *size, generator=torch.Generator().manual_seed(0))  # [B, C, H, W]
+        if isinstance(network, OnnxNetwork):
+            entries.append(Entry(path, "onnx", network, x))
+            continue
+        for backend in backends:
+            form = torch.channels_last if backend == "fused" else torch.contiguous_format
+            entries.append(Entry(path, backend, BACKENDS[backend](network, path), x.contiguous(memory_format=form)))
+    return entries
+
+
+@torch.inference_mode()
+def measure(entries: Sequence[Entry], rounds: int) -> list[dict[str, Any]]:
+    """Time entries in turn; medians and quartile spreads in milliseconds a batch, ratios of speed to the first one."""
+    spent = time_in_turn([partial(entry.network, entry.x) for entry in entries], rounds=rounds)
+    timings = [summarise(ms) for ms in spent]
+    return [
+        {
+            "network": entry.name,
+            "backend": entry.backend,
+            "size": list(entry.x.shape[2:]),
+            "batch": len(entry.x),
+            "threads": torch.get_num_threads(),
+            "median_ms": timing.ms,
+            "spread_ms": timing.spread_ms,
+            "ratio": timings[0].ms / timing.ms,
+            "rounds": len(ms),
+        }
+        for entry, timing, ms in zip(entries, timings, spent, strict=True)
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the rows out."""
+    width = max(len("network"), *(len(row["network"]) for row in rows))
+    lines = [f"{'network':<{width}}  {'backend':<8}{'size':>9}{'ms':>10}{'±':>8}{'× first':>9}"]
+    for row in rows:
+        size = f"{row['size'][1]}x{row['size'][0]}"
+        numbers = f"{row['median_ms']:10.2f}{row['spread_ms']:8.2f}{row['ratio']:9.2f}"
+        lines.append(f"{row['network']:<{width}}  {row['backend']:<8}{size:>9}{numbers}")
+    batch, threads, count = (rows[0][key] for key in ("batch", "threads", "rounds"))
+    lines.append(f"batch {batch}, {threads} CPU threads; medians and quartile spreads of {count} timings in turn")
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".cfg (fresh weights), .pt or .onnx")
+    parser.add_argument(
+        "--backends", nargs="+", choices=tuple(BACKENDS), help="of a .cfg and a .pt (default: eager fused onnx)"
+    )
+    parser.add_argument("--img-size", type=cli.side, help="longer side in pixels (default: as in each file)")
+    parser.add_argument("--batch-size", type=cli.positive, default=1, help="pictures a call (default: 1)")
+    parser.add_argument("--rounds", type=rounds, default=ROUNDS, help="timings of a row at most (default: %(default)s)")
+    parser.add_argument("--json", default="", help="write the rows to this file")
+    return parser.parse_args(argv)
+
+
+def rounds(text: str) -> int:
+    """Read a number of timings: the spread takes two (for argparse)."""
+    value = cli.positive(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, gets {text}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `python -m utils.benchmark`."""
+    args = parse_args(argv)
+    backends = args.backends or list(BACKENDS)
+    if "onnx" in backends and any(Path(path).suffix != ".onnx" for path in args.files):
+        require("onnx")
+        require("onnxruntime")
+    rows = measure(make_entries(args.files, backends, side=args.img_size, batch=args.batch_size), args.rounds)
+    log.info(table(rows))
+    if args.json:
+        write_atomically(args.json, lambda partial: partial.write_text(json.dumps(rows, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,248 @@
+"""Export a network: to ONNX, or from .pt to .weights and back, or as a plain Darknet cfg with its .weights.
+
+    python -m utils.export --weights weights/best.pt --output best.onnx
+
+Writes an .onnx that describes itself, so that test.py and detect.py take it as --weights; says how far its outputs are
+from the network's. Takes seconds; --int8, which calibrates on training pictures and tests both forms, a minute or more.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import Darknet, dump, save_weights
+from models.layers import OWN
+from models.quant import QuantConv2d
+from models.weights import save_checkpoint, write_atomically
+
+from . import cli
+from .int8 import compare, quantise, table
+from .labels import check_labels
+from .log import DataError, log
+from .onnx_graph import Graph
+from .onnx_heads import write_decode, write_nms
+from .onnx_layers import IMAGES, write_layers
+from .onnx_metadata import DECODED, DETECTED, RAW, Metadata
+from .optional import require
+
+FORMATS = {"onnx": ".onnx", "weights": ".weights", "pt": ".pt", "darknet": ".cfg"}
+BOUND = 1e-4  # of the largest value: what FP32 may differ by
+
+
+def make_onnx(model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None) -> tuple[Any, bytes]:
+    """Give the ONNX model of `model`, its batch normalisation folded, and its bytes.
+
+    `metadata.outputs` says what it puts out; the batch is free, and the size unless `metadata.is_fixed`. `nms` are the
+    limits of write_nms. Raises DataError.
+    """
+    graph = Graph()
+    with torch.inference_mode():
+        raws = write_layers(graph, model if model.is_fused else model.fuse())
+        sides = metadata.size if metadata.is_fixed else ("height", "width")
+        outputs = {raw: ["batch", graph.shapes[raw][0], f"{raw}_height", f"{raw}_width"] for raw in raws}
+        if metadata.outputs != RAW:
+            boxes, scores = write_decode(graph, raws, model.heads)
+            outputs = {boxes: ["batch", "boxes", 4], scores: ["batch", "boxes", model.classes]}
+        if metadata.outputs == DETECTED:
+            assert nms is not None
+            outputs = {write_nms(graph, boxes, scores, **nms): ["detected", 7]}
+        return graph.model({IMAGES: ["batch", model.channels, *sides]}, outputs, metadata.pack())
+
+
+def difference(data: bytes, model: Darknet, metadata: Metadata) -> float:
+    """Give the largest difference of ONNX Runtime's outputs and PyTorch's, relative to the largest value.
+
+    On noise, at the metadata's size; boxes an untrained network makes infinite do not count.
+    """
+    session = require("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
+    x = torch.rand(1, model.channels, *metadata.size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted: Sequence[Tensor] = model(x)
+        if metadata.outputs == DECODED:
+            wanted = model.decode(list(wanted), metadata.size)
+    found = session.run(None, {IMAGES: x.numpy()})
+    return max(_relative(ours.numpy(), theirs) for ours, theirs in zip(wanted, found, strict=True))
+
+
+def describe(args: argparse.Namespace, detector: cli.Detector) -> Metadata:
+    """Gather what the file says of itself. Raises DataError where the network cannot have the size."""
+    model = detector.model
+    size = cli.network_size(model, args.img_size)
+    if model.is_fixed and size != model.size:
+        raise DataError(f"--img-size {args.img_size}: a fully connected layer of {model.cfg.path} takes its size alone")
+    return describe_network(
+        model,
+        outputs=DETECTED if args.nms else DECODED if args.decode else RAW,
+        names=detector.names,
+        data=detector.data.path if detector.data else "",
+        size=size,
+        is_fixed=args.fixed,
+    )
+
+
+def describe_network(
+    model: Darknet,
+    *,
+    outputs: str,
+    names: tuple[str, ...],
+    size: tuple[int, int],
+    data: str = "",
+    is_fixed: bool = False,
+) -> Metadata:
+    """Give the metadata of a network of `size` (height, width), which is fixed where it has to be."""
+    return Metadata(
+        outputs=outputs,
+        names=names,
+        data=data,
+        size=size,
+        is_fixed=is_fixed or model.is_fixed,
+        channels=model.channels,
+        stride=model.stride,
+        heads=tuple(model.heads),
+        arithmetic=f"float32, {bits(model)}-bit convolutions simulated" if bits(model) else "float32",
+        cfg_path=model.cfg.path,
+        cfg=dump(model.cfg).encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+    )
+
+
+def write_onnx(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
+    """Write an .onnx and say what is in it and how exact it is. Raises DataError and WeightsError."""
+    metadata, model = describe(args, detector), detector.model.fuse()
+    nms = {"conf_thres": args.conf_thres, "iou_thres": args.iou_thres, "max_det": args.max_det}
+    if args.nms and model.diou_beta is not None:
+        log.info("%s asks for diounms, which ONNX has not: the graph suppresses by IoU", model.cfg.path)
+    graph, data = make_onnx(model, metadata, nms=nms)
+    if args.int8:
+        data, metadata = make_int8(args, detector, graph, data, metadata)
+    write_atomically(path, lambda partial: partial.write_bytes(data))
+    sides = f"{metadata.size[1]}x{metadata.size[0]}{'' if metadata.is_fixed else ' or any other size'}"
+    log.info("%s: %s, %s, any batch, %.1f MB", metadata.outputs, metadata.arithmetic, sides, len(data) / 1e6)
+    if args.int8 or metadata.outputs == DETECTED:
+        return
+    error = difference(data, model, metadata)
+    why = " (in simulated quantisation rounding errors become whole levels)" if bits(model) else ""
+    log.info("ONNX Runtime differs from PyTorch by %.1e of the largest value%s", error, why)
+    if not error < BOUND and not why:
+        log.warning("%s: that is more than rounding explains (%.0e)", path, BOUND)
+
+
+def make_int8(
+    args: argparse.Namespace, detector: cli.Detector, graph: Any, data: bytes, metadata: Metadata
+) -> tuple[bytes, Metadata]:
+    """Give the integer form of an ONNX model and say what it costs. Raises DataError."""
+    model, source = detector.model, detector.data
+    if bits(model):
+        raise DataError(f"--int8: {model.cfg.path} has quantised convolutions of its own (--int8 is for float ones)")
+    if source is None or source.train is None:
+        raise DataError("--int8: needs pictures to calibrate with (give a --data with train=)")
+    train = check_labels(source.train, len(source.names))
+    quantised, described = quantise(
+        graph, model, metadata, train, images=args.calibrate, reduce_range=args.reduce_range
+    )
+    valid = check_labels(source.valid, len(source.names)) if source.valid else None
+    log.info(table(compare({"FP32": data, "INT8": quantised}, valid, detector.names, metadata.size)))
+    return quantised, described
+
+
+def write_weights(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
+    """Write Darknet's `.weights`. Raises WeightsError."""
+    save_weights(detector.model, path)
+
+
+def write_checkpoint(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
+    """Write a checkpoint that describes itself. Raises WeightsError."""
+    model, data = detector.model, detector.data.path if detector.data else ""
+    described = {"cfg": dump(model.cfg), "cfg_path": model.cfg.path, "names": list(detector.names), "data": data}
+    save_checkpoint(path, described | {"model": model.state_dict()})
+
+
+def write_darknet(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
+    """Write a cfg with its macros expanded and its `.weights` beside it. Raises WeightsError."""
+    text = dump(detector.model.expanded)
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8", "surrogateescape"))
+    save_weights(detector.model, path.with_suffix(".weights"))
+    own = {section.name for section in detector.model.expanded.sections} & OWN
+    if own:
+        log.info("%s: Darknet does not know its sections %s", path, ", ".join(f"[{name}]" for name in sorted(own)))
+
+
+def bits(model: Darknet) -> str:
+    """Name the bits of quantised weights, as 4/8; of a float network there are none."""
+    found = {module.grid.w_bits for module in model.modules() if isinstance(module, QuantConv2d)}
+    return "/".join(map(str, sorted(found)))
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    is_finite = np.isfinite(ours)
+    return float(np.abs(ours - theirs)[is_finite].max() / max(np.abs(ours[is_finite]).max(), 1e-30))
+
+
+WRITERS = {"onnx": write_onnx, "weights": write_weights, "pt": write_checkpoint, "darknet": write_darknet}
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.make_parser(__doc__)
+    cli.add_model_flags(parser)
+    parser.add_argument("--names", default="", help="file of class names (default: the .data file's or the .pt's)")
+    parser.add_argument(
+        "--format",
+        choices=tuple(WRITERS),
+        help="darknet is a .cfg with macros expanded and its .weights (default: as --output ends, or onnx)",
+    )
+    parser.add_argument("--output", default="", help="file to write (default: beside --weights)")
+    parser.add_argument("--img-size", type=cli.side, help="longer side in pixels (default: as in the cfg)")
+    parser.add_argument("--fixed", action="store_true", help="an .onnx of this size alone, as some compilers want it")
+    parser.add_argument("--decode", action="store_true", help="put out boxes (xywh in pixels) and scores")
+    parser.add_argument("--nms", action="store_true", help="put out detections: picture, xyxy, score, class")
+    parser.add_argument("--conf-thres", type=cli.fraction, default=0.3, help="of --nms: least score (default: 0.3)")
+    parser.add_argument("--iou-thres", type=cli.fraction, default=0.6, help="of --nms: overlap allowed (default: 0.6)")
+    parser.add_argument("--max-det", type=cli.positive, default=300, help="of --nms: boxes a class (default: 300)")
+    parser.add_argument("--int8", action="store_true", help="quantise it, calibrated on train= of --data")
+    parser.add_argument("--calibrate", type=cli.positive, default=300, help="of --int8: pictures (default: 300)")
+    parser.add_argument(
+        "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
+    )
+    args = parser.parse_args(argv)
+    by_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    suffix = Path(args.output).suffix
+    args.format = args.format or (by_suffix.get(suffix) if args.output else "onnx")
+    if args.format is None or (args.output and suffix != FORMATS[args.format]):
+        wanted = FORMATS[args.format] if args.format else " or ".join(by_suffix)
+        parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
+    is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
+    is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
+    idle = [flag for flag, value in is_set.items() if value]
+    if args.format != "onnx" and idle:
+        parser.error(f"argument {idle[0]}: goes with --format onnx alone")
+    if args.int8 and args.nms:
+        parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
+    if args.reduce_range and not args.int8:
+        parser.error("argument --reduce-range: goes with --int8 alone")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `python -m utils.export`."""
+    args = parse_args(argv)
+    path = Path(args.output or Path(args.weights or cli.BEST).with_suffix(FORMATS[args.format]))
+    written = [path, path.with_suffix(".weights")] if args.format == "darknet" else [path]
+    for each in written:
+        if each.resolve() in (Path(args.weights or cli.BEST).resolve(), Path(args.cfg or cli.BEST).resolve()):
+            raise DataError(f"{each}: is read and would be written over (give another --output)")
+    if args.format == "onnx":
+        for package in ("onnx", "onnxruntime"):
+            require(package)
+    detector = cli.open_detector(args, names=args.names)
+    verb = "overwrote" if any(map(Path.exists, written)) else "wrote"
+    WRITERS[args.format](args, detector, path)
+    log.info("%s %s", verb, " and ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

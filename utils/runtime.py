@@ -1,0 +1,122 @@
+"""Networks that ONNX Runtime computes, as test.py and detect.py take them in place of PyTorch's."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from models.yolo import decode_all, diou_beta
+
+from . import cli
+from .log import DataError, log
+from .onnx_layers import IMAGES
+from .onnx_metadata import DECODED, DETECTED, unpack
+from .optional import require
+
+
+class OnnxNetwork:
+    """An .onnx of utils.export in ONNX Runtime, on the CPU, with as many threads as PyTorch has.
+
+    It has the members of Network (utils/network.py). Its arithmetic and its place are the file's: `fuse`, `eval` and
+    `to` change nothing. `data` are the bytes of a file that is not written. Raises DataError where the file is no such
+    network.
+    """
+
+    def __init__(self, path: str | Path, data: bytes | None = None) -> None:
+        runtime = require("onnxruntime")
+        if data is None and not Path(path).is_file():
+            raise DataError(f"{path}: cannot read the network: there is no such file")
+        options = runtime.SessionOptions()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # between two calls others compute
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors, which are raised as well
+        try:
+            self.session = runtime.InferenceSession(data or str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its classes have no base of their own
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{path}: is not an .onnx that ONNX Runtime loads: {reason}") from None
+        self.metadata = unpack(self.session.get_modelmeta().custom_metadata_map, str(path))
+        self.path, self.size, self.channels = str(path), self.metadata.size, self.metadata.channels
+        self.stride, self.heads, self.is_fixed = self.metadata.stride, self.metadata.heads, self.metadata.is_fixed
+
+    @property
+    def classes(self) -> int:
+        return self.heads[0].classes
+
+    @property
+    def diou_beta(self) -> float | None:
+        return diou_beta(self.heads)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Run pictures [B, channels, H, W] in 0..1. Raises DataError where the file takes another size alone."""
+        if self.is_fixed and tuple(x.shape[2:]) != self.size:
+            raise DataError(f"{self.path}: takes {_sides(self.size)} alone, gets {_sides(x.shape[2:])}")
+        outputs = self.session.run(None, {IMAGES: x.float().cpu().contiguous().numpy()})
+        return [torch.from_numpy(output).to(x.device) for output in outputs]
+
+    def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Decode what a call gave; a graph with decoding in it has done so."""
+        if self.metadata.outputs == DECODED:
+            return heads[0], heads[1]
+        return decode_all(heads, self.heads, size)
+
+    def fuse(self) -> Self:
+        return self
+
+    def eval(self) -> Self:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        return self
+
+
+def open_detector(args: argparse.Namespace, *, names: str = "") -> cli.Detector:
+    """Load what --weights names: an .onnx, or else what cli.open_detector loads, with its errors.
+
+    Raises DataError where flags ask for what an .onnx cannot do.
+    """
+    weights = cli.find_weights(args)
+    if Path(weights).suffix != ".onnx":
+        return cli.open_detector(args, names=names)
+    network = OnnxNetwork(weights)
+    check_flags(args, network)
+    carried = {"names": network.metadata.names, "data": network.metadata.data}
+    data = cli.find_data(args, carried)
+    named, source = cli.name_classes(args, data, carried, weights=weights, names=names)
+    if len(named) != network.classes:
+        raise DataError(f"{source}: names {len(named)} classes, but {weights} has {network.classes}")
+    log.info("%s in ONNX Runtime (%s): %d classes", weights, network.metadata.arithmetic, network.classes)
+    if network.is_fixed and not args.stretch:
+        log.info("it takes %s alone: every picture is padded to that", _sides(network.size))
+    return cli.Detector(network, named, data, {})
+
+
+def check_flags(args: argparse.Namespace, network: OnnxNetwork) -> None:
+    """Raise DataError with everything that flags ask for and the file cannot do."""
+    path, given = network.path, vars(args)
+    asks_size = bool(args.img_size) and args.img_size != max(network.size)
+    limits = {
+        f"{path}: has NMS in it (export it without --nms)": network.metadata.outputs == DETECTED,
+        f"--cfg: {path} describes itself (leave --cfg out)": bool(args.cfg),
+        f"--device {args.device}: an .onnx runs on the CPU": args.device not in ("", "cpu"),
+        f"--precision {given.get('precision')}: an .onnx computes as it was exported": (
+            given.get("precision", "auto") not in ("auto", "fp32")
+        ),
+        "--half: an .onnx computes as it was exported": given.get("half", False),
+        "--task benchmark: times forms of a PyTorch network (python -m utils.benchmark times an .onnx)": (
+            given.get("task") == "benchmark"
+        ),
+    }
+    fixed = {"--augment": args.augment, "--task study": given.get("task") == "study", "--img-size": asks_size}
+    limits |= {
+        f"{flag}: {path} takes {_sides(network.size)} alone (export it without --fixed)": network.is_fixed and value
+        for flag, value in fixed.items()
+    }
+    if mistakes := [message for message, holds in limits.items() if holds]:
+        raise DataError("\n".join(mistakes))
+
+
+def _sides(size: tuple[int, ...]) -> str:
+    return f"{size[1]}x{size[0]}"
