@@ -140,20 +140,17 @@ def judge(args: Namespace, model: Darknet, steps: Sequence[Step], bench: Bench) 
     before, between, after = (bench.judge(each) for each in (model, masked, step.compact))
     problem = verdict(before.map50, after.map50, max_drop=args.max_drop)
     drop = before.map50 - after.map50
+    tolerated = TOLERATED if args.max_drop is None else min(TOLERATED, args.max_drop / 100)
     hints = []
-    if drop > TOLERATED and steps[0].gone:
-        count = safe_count(args, model, step, bench, loss=TOLERATED, images=SEARCHED)
-        share = (count + sum(each.gone for each in steps[:-1])) / steps[0].plan.free
-        hints.append(
-            f"--percent {math.floor(100 * share) / 100:.2f} would lose at most {100 * TOLERATED:g} points before"
-            " fine-tuning"
-            if count
-            else f"no --percent that was tried would lose at most {100 * TOLERATED:g} points before fine-tuning"
-        )
+    if drop > tolerated and steps[0].gone:
+        count = safe_count(args, model, step, bench, loss=tolerated, images=SEARCHED)
+        share = math.floor(100 * (count + sum(each.gone for each in steps[:-1])) / steps[0].plan.free) / 100
+        which = f"--percent {share:.2f}" if count and share else "no --percent that was tried"
+        hints.append(f"{which} would lose at most {100 * tolerated:g} points before fine-tuning")
     if problem and not args.force:
         hints.append("--force writes it all the same")
         raise DataError(f"{problem}; nothing is written ({'; '.join(hints)})")
-    if problem or drop > TOLERATED:
+    if problem or drop > tolerated:
         problem = problem or f"mAP@.5 falls by {100 * drop:.1f} points, from {before.map50:.3f} to {after.map50:.3f}"
         log.warning("%s", "; ".join((problem, *hints)))
     return [before, between, after]

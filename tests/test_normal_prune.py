@@ -366,6 +366,11 @@ def test_the_guard_warns_of_a_loss_and_refuses_more_than_max_drop(command, scene
         r"mAP@\.5 falls by \d+\.\d points, from 0\.800 to 0\.\d+ \(--max-drop 5\); nothing is", complaint(refused)
     )
     assert_nothing(tmp_path / "refused")
+    judged(monkeypatch, lambda share: 0.8 - 0.4 * (1 - share))
+    strict = command("normal_prune", *flags, "--max-drop", 2, "--output", "refused")
+    share = re.search(r"--percent (0\.\d\d) would lose at most 2 points", complaint(strict))[1]
+    judged(monkeypatch, lambda share: 0.8 - 0.4 * (1 - share))
+    assert command("normal_prune", *flags[:-1], share, "--max-drop", 2, "--output", "kept").status == 0
     judged(monkeypatch, lambda share: 0.8 - 0.01 * (share < 1))
     assert "--percent" not in command("normal_prune", *flags, "--output", "fine").out
 
