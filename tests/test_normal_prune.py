@@ -168,7 +168,8 @@ FREE_AT = (0, 2, 5, 8)  # the layers whose channels no shortcut sums
 def test_every_criterion_cuts_what_is_asked(criterion, command, scenes, tmp_path, monkeypatch):
     judged(monkeypatch, lambda share: 0.9)
     flags = (*write(), "--data", scenes, *SMALL, "--percent", 0.25, "--recalibrate", 0, "--layer-keep", 0)
-    outcome = command("normal_prune", *flags, "--criterion", criterion, "--batches", 2)
+    more = ("--batches", 2) if criterion == "taylor" else ()
+    outcome = command("normal_prune", *flags, "--criterion", criterion, *more)
     assert outcome.status == 0, outcome.err
     figures = report(tmp_path)
     assert (figures["criterion"], figures["cut_groups"]) == (criterion, FREE // 4)
@@ -407,6 +408,21 @@ BAD = {
     "size": (("--img-size", 65), "--img-size 65: expected a multiple of 8"),
     "NaN": (("--weights", "nan.weights", "--criterion", "random"), "net.cfg: the network puts out NaN"),
 }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--epochs", 5), "--epochs needs --iterative"),
+        (("--batches", 5), "--batches needs --criterion taylor"),
+        (("--iterative", 2, "--layers", 1), "--iterative cuts channels in steps, and --layers alone cuts none"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, words, command, tmp_path):
+    outcome = command("normal_prune", *write(), *SMALL, *flags)
+    assert outcome.status == 2
+    assert f"error: {words}" in outcome.err
+    assert_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("case", BAD)
