@@ -189,7 +189,9 @@ def test_slim_cuts_what_shortcuts_sum_too(strategy, free, command, tmp_path):
 
 def test_layers_take_out_whole_blocks(command, tmp_path):
     flags = write()
-    assert command("normal_prune", *flags, *SMALL, "--layers", 1).status == 0
+    outcome = command("normal_prune", *flags, *SMALL, "--layers", 1)
+    assert outcome.status == 0
+    assert "\n1 residual block taken out (layers 5 to 7): parameters 8,251 to 6,923\n" in outcome.out
     assert widths("pruned.cfg") == [8, 16, 8, 16, 24, 27]
     assert report(tmp_path)["removed_blocks"] == 1
     outcome = command("normal_prune", *flags, *SMALL, "--layers", 9)
