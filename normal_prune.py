@@ -103,7 +103,8 @@ def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, 
     steps: list[Step] = []
     for number in range(args.iterative):
         start = tune(args, steps[-1].compact, bench, epochs=args.epochs) if steps else start
-        steps.append(cut_once(args, goal, start, bench, path=path, notes=[] if steps else [note]))
+        now = replace(goal, whole=goal.whole * goal.share**number)
+        steps.append(cut_once(args, now, start, bench, path=path, notes=[] if steps else [note]))
         text = f"step {number + 1} of {args.iterative}: " if args.iterative > 1 else ""
         gone, free, sizes = steps[-1].gone, steps[-1].plan.free, shrinking(steps[-1].start, steps[-1].compact)
         log.info("%s%s of %s free groups cut, parameters %s", text, f"{gone:,}", f"{free:,}", sizes)

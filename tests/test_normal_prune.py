@@ -332,6 +332,9 @@ def test_iterative_prunes_and_trains_in_turn(command, scenes, tmp_path, monkeypa
         before - after for before, after in zip(widths("net.cfg"), widths("pruned.cfg"), strict=True)
     ]
     assert Path("pruned.cfg").read_text().count("# pruned by:") == 1
+    outcome = command("normal_prune", *flags[:-6], "--target-params", 0.64, "--iterative", 2, "--epochs", 1)
+    assert re.findall(r"^--target-params 0.64: (\S+) parameters now", outcome.out, re.M) == ["8,251", "8,251", "6,601"]
+    assert count_parameters(Darknet(load_cfg("pruned.cfg"))) <= 0.64 * 8251
 
 
 def test_the_guard_refuses_a_ruin_alone(command, scenes, tmp_path, monkeypatch):
