@@ -8,20 +8,15 @@ operations, size, latency and mAP. Takes seconds, and as long as three tests tak
 
 import logging
 import math
-import os
 import shlex
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from models import Darknet, WeightsError, dump, save_weights
+from models import Darknet
 from models.darknet import count_parameters
-from models.weights import save_checkpoint
 from utils import cli
 from utils.bench import Bench, make_bench
 from utils.device import autocast_type, seed_everything, select_device
@@ -30,14 +25,14 @@ from utils.guard import TOLERATED, verdict
 from utils.log import DataError, log
 from utils.prune import find_groups, mask
 from utils.prune_flags import parse_args
-from utils.prune_report import Pruning, layer_rows, network_row, summary_table, write_report
+from utils.prune_report import summary_table
+from utils.prune_results import describe, output_paths, write_results
 from utils.residual_blocks import Block, choose_blocks, remove_blocks
 from utils.scores import Evaluation
 from utils.sensitivity import measure_sensitivity, write_sensitivity
 from utils.slimming import Step, cut_once, make_goal, plan_cut, rank_groups, safe_count
 from utils.tuning import tune
 
-REPORT = ("report.md", "report.json", "report.png")
 SEARCHED = 200  # validation pictures that judge what is only compared
 
 
@@ -57,13 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_stretched=args.stretch,
         is_single_class=args.single_cls,
     )
-    dtype = autocast_type(args.precision, device)
-    bench = make_bench(detector, settings, device=device, dtype=dtype)
+    bench = make_bench(detector, settings, device=device, dtype=autocast_type(args.precision, device))
     check_needs(args, bench)
     seed_everything(args.seed)
     words = shlex.join(["normal_prune.py", *(sys.argv[1:] if argv is None else argv)])
     blocks = choose_blocks(model, args.layers) if args.layers else []
-    start = remove_blocks(model, blocks, path=model.cfg.path) if blocks else model
+    start = take_out(model, blocks) if blocks else model
     if args.sensitivity:
         explore(args, start, bench, paths["report"])
     note = f"pruned by: {' '.join(words.splitlines())}"
@@ -74,27 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("no --data with valid= is given: nothing is tested, and the network may be a ruin")
     evaluations = judge(args, model, steps, bench) if bench.valid else [None] * 3
     pruning = describe(args, model, blocks, steps, bench, evaluations, command=words)
-    write(steps[-1].compact, pruning, paths, described=detector.described)
+    write_results(steps[-1].compact, pruning, paths, described=detector.described)
     log.info(summary_table(pruning))
     log.info("wrote %s, %s and .pt, and report.md, .json and .png", paths["cfg"], paths["weights"])
-
-
-def output_paths(args: Namespace) -> dict[str, Path]:
-    """Give the files to write. Raises DataError where one of them is what is read."""
-    folder = Path(args.output)
-    weights = folder if args.output else Path("weights")
-    paths = {"cfg": folder / "pruned.cfg", "weights": weights / "pruned.weights", "pt": weights / "pruned.pt"}
-    for path in paths.values():
-        if any(each and Path(each).resolve() == path.resolve() for each in (args.cfg, args.weights)):
-            raise DataError(f"{path}: is read and would be written over (give --output another folder)")
-    for place in {folder, weights}:
-        place.mkdir(parents=True, exist_ok=True)
-        if not os.access(place, os.W_OK):
-            raise DataError(f"{place}: cannot be written to (give --output another folder)")
-    there = [path for path in (*paths.values(), *(folder / name for name in REPORT)) if path.exists()]
-    if there:
-        log.info("there already, and will be written over: %s", ", ".join(map(str, there)))
-    return paths | {"report": folder}
 
 
 def check_needs(args: Namespace, bench: Bench) -> None:
@@ -109,6 +85,15 @@ def check_needs(args: Namespace, bench: Bench) -> None:
                 raise DataError(f"{flag}: needs --data with {split}=")
 
 
+def take_out(model: Darknet, blocks: Sequence[Block]) -> Darknet:
+    """Return the network without these blocks, and say which they are."""
+    left = remove_blocks(model, blocks, path=model.cfg.path)
+    names = ", ".join(f"{block.first} to {block.last}" for block in sorted(blocks, key=lambda block: block.first))
+    count = f"{len(blocks)} residual block{'s' * (len(blocks) > 1)}"
+    log.info("%s taken out (layers %s): parameters %s", count, names, shrinking(model, left))
+    return left
+
+
 def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, *, path: str, note: str) -> list[Step]:
     """Cut `start`, `model` without the blocks that go, in steps of one share, with a short training between two."""
     goal = make_goal(args, model, start, bench)
@@ -118,9 +103,11 @@ def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, 
     steps: list[Step] = []
     for number in range(args.iterative):
         start = tune(args, steps[-1].compact, bench, epochs=args.epochs) if steps else start
-        steps.append(cut_once(args, goal, start, bench, path=path, notes=[] if steps else [note]))
+        now = replace(goal, whole=goal.whole * goal.share**number)
+        steps.append(cut_once(args, now, start, bench, path=path, notes=[] if steps else [note]))
         text = f"step {number + 1} of {args.iterative}: " if args.iterative > 1 else ""
-        log.info("%s%s", text, summary(steps[-1]))
+        gone, free, sizes = steps[-1].gone, steps[-1].plan.free, shrinking(steps[-1].start, steps[-1].compact)
+        log.info("%s%s of %s free groups cut, parameters %s", text, f"{gone:,}", f"{free:,}", sizes)
     return steps
 
 
@@ -140,85 +127,25 @@ def judge(args: Namespace, model: Darknet, steps: Sequence[Step], bench: Bench) 
     before, between, after = (bench.judge(each) for each in (model, masked, step.compact))
     problem = verdict(before.map50, after.map50, max_drop=args.max_drop)
     drop = before.map50 - after.map50
+    tolerated = TOLERATED if args.max_drop is None else min(TOLERATED, args.max_drop / 100)
     hints = []
-    if drop > TOLERATED and steps[0].gone:
-        count = safe_count(args, model, step, bench, loss=TOLERATED, images=SEARCHED)
-        share = (count + sum(each.gone for each in steps[:-1])) / steps[0].plan.free
-        hints.append(
-            f"--percent {math.floor(100 * share) / 100:.2f} would lose at most {100 * TOLERATED:g} points before"
-            " fine-tuning"
-            if count
-            else f"no --percent that was tried would lose at most {100 * TOLERATED:g} points before fine-tuning"
-        )
+    if drop > tolerated and steps[0].gone:
+        count = safe_count(args, model, step, bench, loss=tolerated, images=SEARCHED)
+        share = math.floor(100 * (count + sum(each.gone for each in steps[:-1])) / steps[0].plan.free) / 100
+        which = f"--percent {share:.2f}" if count and share else "no --percent that was tried"
+        hints.append(f"{which} would lose at most {100 * tolerated:g} points before fine-tuning")
     if problem and not args.force:
         hints.append("--force writes it all the same")
         raise DataError(f"{problem}; nothing is written ({'; '.join(hints)})")
-    if problem or drop > TOLERATED:
+    if problem or drop > tolerated:
         problem = problem or f"mAP@.5 falls by {100 * drop:.1f} points, from {before.map50:.3f} to {after.map50:.3f}"
         log.warning("%s", "; ".join((problem, *hints)))
     return [before, between, after]
 
 
-def summary(step: Step) -> str:
-    """Say in a line what a step has cut."""
-    return (
-        f"{step.gone:,} of {step.plan.free:,} free groups cut, parameters"
-        f" {count_parameters(step.start):,} to {count_parameters(step.compact):,}"
-    )
-
-
-def write(compact: Darknet, pruning: Pruning, paths: dict[str, Path], *, described: Mapping[str, Any]) -> None:
-    """Write the cfg, its .weights, both in a checkpoint that describes itself, and the report: all, or nothing."""
-    text, folder = dump(compact.cfg), paths["report"]
-    network = {"cfg": text, "cfg_path": str(paths["cfg"]), "model": compact.state_dict()}
-    try:
-        with TemporaryDirectory(prefix=".pruned-", dir=folder) as name:
-            made = Path(name)
-            (made / "pruned.cfg").write_text(text, "utf-8", "surrogateescape")
-            save_weights(compact, made / "pruned.weights")
-            save_checkpoint(made / "pruned.pt", {**described, **network})
-            write_report(pruning, made)
-            targets = {path.name: path for path in paths.values()} | {each: folder / each for each in REPORT}
-            for each in made.iterdir():
-                shutil.move(each, targets[each.name])
-    except (OSError, WeightsError) as error:
-        raise DataError(f"{folder}: cannot be written to: {error}") from None
-
-
-def describe(
-    args: Namespace,
-    model: Darknet,
-    blocks: Sequence[Block],
-    steps: Sequence[Step],
-    bench: Bench,
-    evaluations: Sequence[Evaluation | None],
-    *,
-    command: str,
-) -> Pruning:
-    """Gather what the report tells."""
-    step = steps[-1]
-    size, (before, after) = bench.settings.size, bench.time(model, step.compact)
-    rows = (("original", model, before), ("masked", step.start, None), ("compact", step.compact, after))
-    return Pruning(
-        command,
-        model.cfg.path,
-        args.weights or cli.BEST,
-        args.strategy,
-        args.criterion,
-        args.percent,
-        steps[0].plan.free,
-        sum(each.gone for each in steps),
-        len(blocks),
-        size,
-        layer_rows(model, step.compact, blocks),
-        tuple(
-            network_row(name, network, size, timing=timing, evaluation=evaluation)
-            for (name, network, timing), evaluation in zip(rows, evaluations, strict=True)
-        ),
-        step.errors.get("float64"),
-        step.errors.get("float32"),
-        step.compensation,
-    )
+def shrinking(before: Darknet, after: Darknet) -> str:
+    """Say how many parameters two networks have."""
+    return f"{count_parameters(before):,} to {count_parameters(after):,}"
 
 
 if __name__ == "__main__":

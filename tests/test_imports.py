@@ -118,6 +118,7 @@ FLOORS = {
     "utils/memory.py": 6,
     "utils/plots.py": 6,
     "utils/prune_report.py": 6,
+    "utils/prune_results.py": 6,
     "utils/runs.py": 6,
     "utils/runtime.py": 6,
     "utils/sensitivity.py": 6,

@@ -168,7 +168,8 @@ FREE_AT = (0, 2, 5, 8)  # the layers whose channels no shortcut sums
 def test_every_criterion_cuts_what_is_asked(criterion, command, scenes, tmp_path, monkeypatch):
     judged(monkeypatch, lambda share: 0.9)
     flags = (*write(), "--data", scenes, *SMALL, "--percent", 0.25, "--recalibrate", 0, "--layer-keep", 0)
-    outcome = command("normal_prune", *flags, "--criterion", criterion, "--batches", 2)
+    more = ("--batches", 2) if criterion == "taylor" else ()
+    outcome = command("normal_prune", *flags, "--criterion", criterion, *more)
     assert outcome.status == 0, outcome.err
     figures = report(tmp_path)
     assert (figures["criterion"], figures["cut_groups"]) == (criterion, FREE // 4)
@@ -188,7 +189,9 @@ def test_slim_cuts_what_shortcuts_sum_too(strategy, free, command, tmp_path):
 
 def test_layers_take_out_whole_blocks(command, tmp_path):
     flags = write()
-    assert command("normal_prune", *flags, *SMALL, "--layers", 1).status == 0
+    outcome = command("normal_prune", *flags, *SMALL, "--layers", 1)
+    assert outcome.status == 0
+    assert "\n1 residual block taken out (layers 5 to 7): parameters 8,251 to 6,923\n" in outcome.out
     assert widths("pruned.cfg") == [8, 16, 8, 16, 24, 27]
     assert report(tmp_path)["removed_blocks"] == 1
     outcome = command("normal_prune", *flags, *SMALL, "--layers", 9)
@@ -203,11 +206,11 @@ def test_a_percent_over_the_limit_names_the_limit(command, tmp_path):
     outcome = command("normal_prune", *flags, "--percent", 1)
     assert outcome.status == 2
     assert outcome.err == (
-        f"--percent 1: at most {(FREE - 4) / FREE:.3f} can go ({FREE - 4} of {FREE} free groups, the others keep every"
+        f"--percent 1: at most 0.916 can go ({FREE - 4} of {FREE} free groups, the others keep every"
         " layer alive: see --layer-keep)\n"
     )
     assert_nothing(tmp_path)
-    assert command("normal_prune", *flags, "--percent", (FREE - 4) / FREE).status == 0
+    assert command("normal_prune", *flags, "--percent", 0.916).status == 0
     assert widths("pruned.cfg") == [1, 16, 1, 16, 1, 16, 1, 27]  # no layer is cut to nothing
 
 
@@ -329,6 +332,9 @@ def test_iterative_prunes_and_trains_in_turn(command, scenes, tmp_path, monkeypa
         before - after for before, after in zip(widths("net.cfg"), widths("pruned.cfg"), strict=True)
     ]
     assert Path("pruned.cfg").read_text().count("# pruned by:") == 1
+    outcome = command("normal_prune", *flags[:-6], "--target-params", 0.64, "--iterative", 2, "--epochs", 1)
+    assert re.findall(r"^--target-params 0.64: (\S+) parameters now", outcome.out, re.M) == ["8,251", "8,251", "6,601"]
+    assert count_parameters(Darknet(load_cfg("pruned.cfg"))) <= 0.64 * 8251
 
 
 def test_the_guard_refuses_a_ruin_alone(command, scenes, tmp_path, monkeypatch):
@@ -366,6 +372,11 @@ def test_the_guard_warns_of_a_loss_and_refuses_more_than_max_drop(command, scene
         r"mAP@\.5 falls by \d+\.\d points, from 0\.800 to 0\.\d+ \(--max-drop 5\); nothing is", complaint(refused)
     )
     assert_nothing(tmp_path / "refused")
+    judged(monkeypatch, lambda share: 0.8 - 0.4 * (1 - share))
+    strict = command("normal_prune", *flags, "--max-drop", 2, "--output", "refused")
+    share = re.search(r"--percent (0\.\d\d) would lose at most 2 points", complaint(strict))[1]
+    judged(monkeypatch, lambda share: 0.8 - 0.4 * (1 - share))
+    assert command("normal_prune", *flags[:-1], share, "--max-drop", 2, "--output", "kept").status == 0
     judged(monkeypatch, lambda share: 0.8 - 0.01 * (share < 1))
     assert "--percent" not in command("normal_prune", *flags, "--output", "fine").out
 
@@ -402,6 +413,21 @@ BAD = {
     "size": (("--img-size", 65), "--img-size 65: expected a multiple of 8"),
     "NaN": (("--weights", "nan.weights", "--criterion", "random"), "net.cfg: the network puts out NaN"),
 }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--epochs", 5), "--epochs needs --iterative"),
+        (("--batches", 5), "--batches needs --criterion taylor"),
+        (("--iterative", 2, "--layers", 1), "--iterative cuts channels in steps, and --layers alone cuts none"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, words, command, tmp_path):
+    outcome = command("normal_prune", *write(), *SMALL, *flags)
+    assert outcome.status == 2
+    assert f"error: {words}" in outcome.err
+    assert_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("case", BAD)

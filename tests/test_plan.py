@@ -44,6 +44,13 @@ def test_a_share_over_the_limit_names_it() -> None:
         plan.count(0.9, "--percent 0.9")
 
 
+def test_the_limit_that_is_named_can_be_asked_for() -> None:
+    plan, _ = planned(CONV.format(700) * 2)
+    with pytest.raises(DataError, match=r": at most 0\.998 can go \(1398 of 1400 free groups"):  # 0.99857
+        plan.count(1, "--percent 1")
+    assert plan.count(0.998, "") <= 1398 < round(0.999 * 1400)
+
+
 def test_layers_keep_their_share() -> None:
     plan, layers = planned(CHAIN, layer_keep=0.3)
     assert left(plan, layers, len(plan.order))[:2] == [3, 2]  # 2.4 and 1.2, rounded up

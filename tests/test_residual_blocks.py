@@ -41,7 +41,7 @@ def check_exact(model: Darknet, blocks: list[Block], folder: Path) -> Darknet:
     silenced = copy.deepcopy(model).double()
     for block in blocks:
         silenced.blocks[block.last - 1] = Silent(silenced.blocks[block.last - 1])
-    removed = remove_blocks(model, blocks, path=str(folder / "pruned.cfg"), notes=["without blocks"])
+    removed = remove_blocks(model, blocks, path=str(folder / "pruned.cfg"))
     (folder / "pruned.cfg").write_text(dump(removed.cfg))
     save_weights(removed, folder / "pruned.weights")
     compact = load_model(folder / "pruned.cfg", folder / "pruned.weights").double()
@@ -124,7 +124,7 @@ def test_indices_stay_relative_or_absolute(tmp_path: Path) -> None:
     text = PLAIN + "# next stage\n" + CONV + "[route]\nlayers = -1, 2 # both\n" + CONV + "[shortcut]\nfrom=-3\n"
     compact = check_exact(built(text), [Block(1, 2)], tmp_path)
     written = (tmp_path / "pruned.cfg").read_text()
-    assert written.startswith("# without blocks\n[net]\n")
+    assert written.startswith("[net]\n")
     assert "layers = -1,0 # both\n" in written
     assert re.findall("from=.*", written) == ["from=-3"]
     assert [layer.inputs for layer in compact.layers][:5] == [(-1,), (0,), (1, 0), (2,), (3, 1)]

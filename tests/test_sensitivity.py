@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from models import Darknet, parse
 from tests.networks import ROOT, seeded
+from utils import sensitivity
 from utils.importance import gamma
 from utils.log import DataError
 from utils.prune import Masked, find_groups
@@ -171,3 +173,9 @@ def test_every_picture_is_drawn(rows: list[Row], tmp_path: Path) -> None:
     picture = cv2.imread(str(tmp_path / "sensitivity.png"))
     assert picture.shape == (900, 1500, 3)
     assert picture.std() > 5
+
+
+def test_what_gains_by_a_cut_is_inside_the_chart() -> None:
+    axes = Figure().subplots()
+    sensitivity._draw_curves(axes, np.array([[-0.1], [0.2]]), [(0,)], (0.25, 0.5), 0.8)
+    assert axes.get_ylim()[1] > 0.9

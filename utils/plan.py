@@ -1,5 +1,6 @@
 """What to cut: the groups that matter least, as many as asked for, and never the whole of a layer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,8 +50,9 @@ class Plan:
         """Give how many groups a share of the free ones is. Raises DataError, naming `flag`, where it is too large."""
         count = round(share * self.free)
         if count > len(self.order):
+            limit = math.floor(1000 * self.limit) / 1000  # rounded up it would be refused, too
             raise DataError(
-                f"{flag}: at most {self.limit:.3f} can go ({len(self.order)} of {self.free} free groups,"
+                f"{flag}: at most {limit:.3f} can go ({len(self.order)} of {self.free} free groups,"
                 " the others keep every layer alive: see --layer-keep)"
             )
         return count

@@ -71,6 +71,14 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     goals = [f"--{name.replace('_', '-')}" for name in GOALS if getattr(args, name) is not None]
     if len(goals) > 1:
         parser.error(f"{' and '.join(goals)} say how much to cut: give one of them")
+    for flag, needed, is_met in (
+        ("epochs", "--iterative", args.iterative > 1),
+        ("batches", "--criterion taylor", args.criterion == "taylor"),
+    ):
+        if getattr(args, flag) != parser.get_default(flag) and not is_met:
+            parser.error(f"--{flag} needs {needed}")
+    if args.iterative > 1 and args.layers and not goals:
+        parser.error("--iterative cuts channels in steps, and --layers alone cuts none: say how much (--percent 0.5)")
     if not goals:
         args.percent = 0.0 if args.layers else PERCENT
     return args

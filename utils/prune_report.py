@@ -88,7 +88,6 @@ class Pruning:
     error_float64: float | None
     error_float32: float | None
     compensation_error: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 def layer_rows(model: Darknet, compact: Darknet, blocks: Sequence[Block] = ()) -> tuple[LayerRow, ...]:
@@ -179,7 +178,6 @@ def _markdown(pruning: Pruning) -> str:
         else f"relative error of compensation: {pruning.compensation_error:.1e}",
         f"BFLOPs and latency at {width}x{height}; latency fused, channels_last, one picture, timed in turn: median and"
         f" quartile spread, {describe_machine()}",
-        *pruning.notes,
     ]
     layers = [["layer", "section", "line", "channels before", "after", "left"]]
     layers += [

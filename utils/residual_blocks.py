@@ -76,15 +76,14 @@ def choose_blocks(model: Darknet, count: int) -> list[Block]:
     return [blocks[place] for place in order[:count]]
 
 
-def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str, notes: Sequence[str] = ()) -> Darknet:
+def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str) -> Darknet:
     """Return the network without these blocks, in evaluation mode.
 
-    Its cfg, of `path`, is the expanded one of `model` without their sections, with indices that count what is left, and
-    has `notes` as comments on top.
+    Its cfg, of `path`, is the expanded one of `model` without their sections, with indices that count what is left.
     """
     is_kept = kept_layers(model, blocks)
     place = is_kept.cumsum() - 1  # of every layer; of a block, that of the layer before it
-    compact = Darknet(_cfg_without(model, blocks, is_kept, place, path=path, notes=notes), allow_unknown=True)
+    compact = Darknet(_cfg_without(model, blocks, is_kept, place, path=path), allow_unknown=True)
     compact.header = model.header
     with torch.no_grad():
         for old in np.flatnonzero(is_kept):
@@ -149,7 +148,6 @@ def _cfg_without(
     place: NDArray[np.int64],
     *,
     path: str,
-    notes: Sequence[str],
 ) -> Cfg:
     """Write the sections that are kept, with indices that count them, relative ones relative as they were."""
     cfg = parse(dump(model.expanded), path)
@@ -171,7 +169,6 @@ def _cfg_without(
         else:
             before.lines[_end(before) :] = section.lines[end:]  # what is said there introduces the next section
     kept = [cfg.sections[0], *(section for section, stays in zip(sections, is_kept, strict=True) if stays)]
-    cfg.preamble[:0] = [f"# {note}\n" for note in notes]
     return parse(dump(Cfg(path, cfg.preamble, kept)), path)
 
 

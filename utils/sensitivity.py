@@ -149,7 +149,7 @@ def _draw_curves(
         xlabel="share of the set's free groups that is cut",
         ylabel="mAP@.5",
         xlim=(0, 1),
-        ylim=(0, 1.02 * max(before, 0.01)),
+        ylim=(0, 1.02 * max(before - np.nanmin(drops), before, 0.01)),  # a cut may gain, too
     )
     axes.set_title("the most sensitive sets; grey: the others", loc="left")
     axes.grid(alpha=0.3)

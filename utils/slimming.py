@@ -19,7 +19,7 @@ from .engine import make_step_loss
 from .guard import check_exactness, difference, largest_within
 from .importance import Values, filter_norm, gamma, random_values, taylor
 from .lint import bflops
-from .log import DataError
+from .log import DataError, log
 from .plan import Plan, make_plan, smallest_cut
 from .prune import Groups, Mask, cut, cut_cfg, find_groups
 from .recipe import Recipe, load_recipe
@@ -54,24 +54,24 @@ def make_goal(args: Namespace, model: Darknet, start: Darknet, bench: Bench) -> 
         name, value = ("latency", args.target_latency) if args.target_latency else ("speedup", args.target_speedup)
     else:
         name, kind, unit = ("params", "parameters", 1) if args.target_params else ("flops", "BFLOPs", 1e9)
-        before, now = (count(kind, network, bench) for network in (model, start))
+        before, now = (cost(kind, network, bench) for network in (model, start))
         value = getattr(args, f"target_{name}")
         wanted = value * before if value <= 1 else value / unit
     goal = Goal(
         kind, wanted / now, f"--target-{name} {value:,g}" if value < 1e6 else f"--target-{name} {value:,.0f}", now
     )
     if goal.share >= 1 and start is model:
-        raise DataError(f"{goal.flag}: the network is there already ({amount(goal, 1)}), nothing is to be cut")
+        raise DataError(f"{goal.flag}: the network is there already ({in_units(goal, 1)}), nothing is to be cut")
     return goal
 
 
-def count(kind: str, model: Darknet, bench: Bench) -> float:
+def cost(kind: str, model: Darknet, bench: Bench) -> float:
     """Count "parameters" or "BFLOPs" at the size to test at."""
     return count_parameters(model) if kind == "parameters" else bflops(model, bench.settings.size) or bflops(model)
 
 
-def amount(goal: Goal, share: float) -> str:
-    """Write a share of what a goal is to shrink."""
+def in_units(goal: Goal, share: float) -> str:
+    """Write a share of what a goal is to shrink, in its units."""
     form = {"parameters": "{:,.0f} parameters", "BFLOPs": "{:.3f} BFLOPs", "ms": "{:.1f} ms"}[goal.kind]
     return form.format(share * goal.whole)
 
@@ -88,14 +88,15 @@ def groups_to_cut(goal: Goal, model: Darknet, groups: Groups, plan: Plan, bench:
             return after.ms / before.ms
         with torch.device("meta"):  # the arithmetic alone
             compact = Darknet(cut_cfg(model, groups, keep, path=model.cfg.path), allow_unknown=True)
-        return count(goal.kind, compact, bench) / count(goal.kind, model, bench)
+        return cost(goal.kind, compact, bench) / cost(goal.kind, model, bench)
 
     best = left(plan.keep(len(plan.order)))
     if best > goal.share:
         raise DataError(
-            f"{goal.flag}: asks for {amount(goal, goal.share)}, {goal.share:.3f} of what there is; the most that can go"
-            f" leaves {amount(goal, best)}, {best:.3f} (see --strategy slim, --layer-keep, --divisor, --layers)"
+            f"{goal.flag}: asks for {in_units(goal, goal.share)}, {goal.share:.3f} of what there is; the most that can"
+            f" go leaves {in_units(goal, best)}, {best:.3f} (see --strategy slim, --layer-keep, --divisor, --layers)"
         )
+    log.info("%s: %s now, %s if all went that can; searching", goal.flag, in_units(goal, 1), in_units(goal, best))
     return smallest_cut(plan, lambda keep: left(keep) <= goal.share)
 
 
@@ -186,7 +187,7 @@ def safe_count(args: Namespace, model: Darknet, step: Step, bench: Bench, *, los
 def rank_groups(args: Namespace, model: Darknet, groups: Groups, bench: Bench) -> Values:
     """Give the importance of every group by the criterion of a command line.
 
-    Raises DataError where it says nothing: γ that are all alike, or no training pictures for `taylor`.
+    Raises DataError where it says nothing: no γ, or γ that are all alike. `taylor` needs training pictures.
     """
     if args.criterion == "random":
         return random_values(groups, args.seed)
