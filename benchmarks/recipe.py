@@ -48,6 +48,10 @@ CHANGES: dict[str, str] = {
     "fp32": "--precision fp32",
     "image weights for rare classes": "image_weights=1",
 }
+ON_OTHERS = (
+    "\n\nSome of them on the raccoon set too (160 training and 40 test pictures, 44 boxes to find, one class), same"
+    " protocol, one seed: only large differences mean something."
+)
 ON_RACCOONS = (
     "the recipe as it is",
     "no mosaic",
@@ -88,9 +92,7 @@ def main() -> None:
         f"`{LIGHT}` from scratch on BCCD, short protocol (256x256, 30 epochs), one change at a time against the"
         f" recipe with class_gain=2, mean of {len(SEEDS)} seeds; {len(names)} of the {len(CHANGES)} changes that"
         " `benchmarks/recipe.py` lists. Two seeds of one recipe lie about 0.02 apart: smaller differences mean little."
-        "\n\nSome of them on the raccoon set too (160 training and 40 test pictures, 44 boxes to find, one class), same"
-        " protocol, one seed: only large differences mean something."
-        f"\n\nFull protocol (BCCD, 320x320, 60 epochs), {summary['params']:,} parameters, {len(full)} seeds: mAP@.5"
+        f"{ON_OTHERS if some else ''}\n\nFull protocol (BCCD, 320x320, 60 epochs), {summary['params']:,} parameters, {len(full)} seeds: mAP@.5"
         f" {summary['map50']:.3f}, mAP@.5:.95 {summary['map50_95']:.3f} ({each})."
     )
     write_report("recipe", "The training recipe, part by part", text, COMMAND, rows, summary)
