@@ -92,7 +92,8 @@ def main() -> None:
         f"`{LIGHT}` from scratch on BCCD, short protocol (256x256, 30 epochs), one change at a time against the"
         f" recipe with class_gain=2, mean of {len(SEEDS)} seeds; {len(names)} of the {len(CHANGES)} changes that"
         " `benchmarks/recipe.py` lists. Two seeds of one recipe lie about 0.02 apart: smaller differences mean little."
-        f"{ON_OTHERS if some else ''}\n\nFull protocol (BCCD, 320x320, 60 epochs), {summary['params']:,} parameters, {len(full)} seeds: mAP@.5"
+        f"{ON_OTHERS if some else ''}"
+        f"\n\nFull protocol (BCCD, 320x320, 60 epochs), {summary['params']:,} parameters, {len(full)} seeds: mAP@.5"
         f" {summary['map50']:.3f}, mAP@.5:.95 {summary['map50_95']:.3f} ({each})."
     )
     write_report("recipe", "The training recipe, part by part", text, COMMAND, rows, summary)
