@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = take_out(model, blocks) if blocks else model
     if args.sensitivity:
         explore(args, start, bench, paths["report"])
-    note = f"pruned by: {' '.join(words.splitlines())}"
-    steps = cut_in_steps(args, model, start, bench, path=str(paths["cfg"]), note=note)
+    steps = cut_in_steps(args, model, start, bench, path=str(paths["cfg"]))
     if args.recalibrate and not bench.train:
         log.info("no --data with train= is given: batch normalisation keeps the statistics of the whole network")
     if not bench.valid:
@@ -94,7 +93,7 @@ def take_out(model: Darknet, blocks: Sequence[Block]) -> Darknet:
     return left
 
 
-def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, *, path: str, note: str) -> list[Step]:
+def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, *, path: str) -> list[Step]:
     """Cut `start`, `model` without the blocks that go, in steps of one share, with a short training between two."""
     goal = make_goal(args, model, start, bench)
     if args.iterative > 1:
@@ -104,7 +103,7 @@ def cut_in_steps(args: Namespace, model: Darknet, start: Darknet, bench: Bench, 
     for number in range(args.iterative):
         start = tune(args, steps[-1].compact, bench, epochs=args.epochs) if steps else start
         now = replace(goal, whole=goal.whole * goal.share**number)
-        steps.append(cut_once(args, now, start, bench, path=path, notes=[] if steps else [note]))
+        steps.append(cut_once(args, now, start, bench, path=path))
         text = f"step {number + 1} of {args.iterative}: " if args.iterative > 1 else ""
         gone, free, sizes = steps[-1].gone, steps[-1].plan.free, shrinking(steps[-1].start, steps[-1].compact)
         log.info("%s%s of %s free groups cut, parameters %s", text, f"{gone:,}", f"{free:,}", sizes)

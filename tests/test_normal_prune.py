@@ -134,7 +134,10 @@ def test_the_cfg_is_a_diff_of_widths_with_a_comment(command, tmp_path):
     flags = write()
     assert command("normal_prune", *flags, *SMALL, "--percent", 0.5, "--seed", "1").status == 0
     before, after = dump(load_cfg("net.cfg")).splitlines(), Path("pruned.cfg").read_text().splitlines()
-    note = after.pop(0)
+    note, count = after.pop(0), after.pop(0)
+    assert count == "# {:,} of {:,} parameters".format(
+        *(count_parameters(Darknet(load_cfg(cfg))) for cfg in ("pruned.cfg", "net.cfg"))
+    )
     assert note.startswith("# pruned by: normal_prune.py --cfg net.cfg --weights net.weights")
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert len(changed) == 4
@@ -216,7 +219,7 @@ def test_a_percent_over_the_limit_names_the_limit(command, tmp_path):
 
 def test_nothing_goes_of_zero_per_cent(command, tmp_path):
     assert command("normal_prune", *write(), *SMALL, "--percent", 0).status == 0
-    assert Path("pruned.cfg").read_text().partition("\n")[2] == CFG
+    assert Path("pruned.cfg").read_text().split("\n", 2)[2] == CFG
     assert Path("weights/pruned.weights").read_bytes() == Path("net.weights").read_bytes()
 
 
@@ -531,7 +534,7 @@ def test_all_kinds_of_cfgs_are_pruned(form, is_approximate, command, tmp_path):
     assert count_parameters(compact) == figures["networks"][-1]["parameters"] < figures["networks"][0]["parameters"]
     assert outcome.out.count("colour") == (form == "unknown key")
     if form == "crlf":
-        lines = Path("pruned.cfg").read_bytes().splitlines(keepends=True)[1:]
+        lines = Path("pruned.cfg").read_bytes().splitlines(keepends=True)[2:]
         assert all(line.endswith(b"\r\n") for line in lines)
 
 

@@ -77,13 +77,13 @@ def mask(model: Darknet, groups: Groups, keep: Mask) -> Darknet:
     return masked
 
 
-def cut(model: Darknet, groups: Groups, keep: Mask, *, path: str, notes: Sequence[str] = ()) -> Darknet:
+def cut(model: Darknet, groups: Groups, keep: Mask, *, path: str) -> Darknet:
     """Return the network without the channels of the groups where `keep` [groups] is false.
 
-    Its cfg, of `path`, differs from the expanded one of `model` in the keys of widths, and has `notes` as comments on
-    top. Raises CfgError where a layer would have no channel left.
+    Its cfg, of `path`, differs from the expanded one of `model` in the keys of widths. Raises CfgError where a layer
+    would have no channel left.
     """
-    compact = Darknet(cut_cfg(model, groups, keep, path=path, notes=notes), allow_unknown=True)
+    compact = Darknet(cut_cfg(model, groups, keep, path=path), allow_unknown=True)
     compact.header = model.header
     with torch.no_grad():
         for index, (layer, target) in enumerate(zip(model.layers, compact.layers, strict=True)):
@@ -95,10 +95,9 @@ def cut(model: Darknet, groups: Groups, keep: Mask, *, path: str, notes: Sequenc
     return compact.eval()
 
 
-def cut_cfg(model: Darknet, groups: Groups, keep: Mask, *, path: str, notes: Sequence[str] = ()) -> Cfg:
+def cut_cfg(model: Darknet, groups: Groups, keep: Mask, *, path: str) -> Cfg:
     """Write the widths that are left into a copy of the expanded cfg."""
     cfg = parse(dump(model.expanded), path)
-    cfg.preamble[:0] = [f"# {note}\n" for note in notes]
     for index, (layer, section) in enumerate(zip(model.layers, cfg.sections[1:], strict=True)):
         lines = {"o": groups.lines[index], "i": groups.line(layer.inputs[0])}
         left = {letter: keep[groups.group[line]] for letter, line in lines.items()}

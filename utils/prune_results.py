@@ -78,7 +78,12 @@ def describe(
 
 def write_results(compact: Darknet, pruning: Pruning, paths: dict[str, Path], *, described: Mapping[str, Any]) -> None:
     """Write the cfg, its .weights, both in a checkpoint that describes itself, and the report: all, or nothing."""
-    text, folder = dump(compact.cfg), paths["report"]
+    first, last, folder = pruning.networks[0], pruning.networks[-1], paths["report"]
+    notes = (
+        f"pruned by: {' '.join(pruning.command.splitlines())}",
+        f"{last.parameters:,} of {first.parameters:,} parameters",
+    )
+    text = "".join(f"# {note}\n" for note in notes) + dump(compact.cfg)
     network = {"cfg": text, "cfg_path": str(paths["cfg"]), "model": compact.state_dict()}
     try:
         with TemporaryDirectory(prefix=".pruned-", dir=folder) as name:

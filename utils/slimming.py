@@ -1,7 +1,7 @@
 """One step of slimming: how much to cut for a goal, and the compact network with what it needs to work."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,15 +137,13 @@ def plan_cut(args: Namespace, goal: Goal, model: Darknet, bench: Bench) -> tuple
     return groups, plan, groups_to_cut(goal, model, groups, plan, bench)
 
 
-def cut_once(
-    args: Namespace, goal: Goal, model: Darknet, bench: Bench, *, path: str, notes: Sequence[str] = ()
-) -> Step:
+def cut_once(args: Namespace, goal: Goal, model: Darknet, bench: Bench, *, path: str) -> Step:
     """Plan and cut as a command line asks for, and let what is left work. Raises DataError where nothing would go."""
     groups, plan, count = plan_cut(args, goal, model, bench)
     keep = plan.keep(count)
     if count and keep.all():
         raise DataError(f"--divisor {args.divisor}: fills every layer up again, so that nothing would be cut")
-    compact = cut(model, groups, keep, path=path, notes=notes)
+    compact = cut(model, groups, keep, path=path)
     is_exact = np.array_equal(groups.is_free, find_groups(model).is_free)  # --approximate found nothing to cut through
     errors = check_exactness(model, groups, keep, compact) if is_exact else {}
     compensation = make_work(args, model, groups, keep, compact, bench)
