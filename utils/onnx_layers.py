@@ -144,7 +144,7 @@ def route(g: Graph, m: Route, *inputs: str) -> str:
 
 
 def shortcut(g: Graph, m: Shortcut, x: str, *others: str) -> str:
-    """Add maps to the first one as Shortcut does: the channels that both have, at every n-th cell where sizes differ."""
+    """Add maps to the first one as Shortcut does: channels that both have, every n-th cell where sizes differ."""
     scales = None if m.weights is None else m.normalised(m.weights)[:, :, None, None]  # [n, 1|C, 1, 1]
     C, H, _ = g.shapes[x]
     total = x if scales is None else g.op("Mul", x, scales[0])
