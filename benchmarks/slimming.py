@@ -71,6 +71,8 @@ channels_last, one picture of 416x416, baseline and pruned network timed in turn
 
 ![GhostNet-YOLOv3](slimming-ghost.png)
 
+![YOLOv3-tiny](slimming-tiny.png)
+
 Criteria: {JUDGED} after sparse training, cut to {SHARE:g} of its parameters, and fine-tuned for {EPOCHS} epochs.
 
 {make_table(criteria)}

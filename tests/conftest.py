@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks.real_data import real_data
+from models.weights import save_checkpoint
+from tests.networks import seeded
 from utils import cli
 from utils.scenes import write_dataset
 
@@ -37,6 +39,16 @@ def shared_data() -> Path:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw 12 training and 4 test pictures of 96 pixels and give their .data file."""
     return write_dataset(tmp_path_factory.mktemp("scenes"), train=12, valid=4, size=96, seed=0)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, scenes: Path) -> Path:
+    """Write demo.pt, a checkpoint of cfg/demo.cfg for the drawn pictures, and give its path."""
+    cfg = ROOT / "cfg/demo.cfg"
+    names = (scenes.parent / "demo.names").read_text().split()
+    described = {"cfg": cfg.read_text(), "cfg_path": "demo.cfg", "names": names, "data": str(scenes)}
+    save_checkpoint(tmp_path / "demo.pt", described | {"model": seeded(cfg).state_dict()})
+    return tmp_path / "demo.pt"
 
 
 @pytest.fixture

@@ -9,22 +9,13 @@ import torch
 from onnx import numpy_helper
 
 from models import Darknet, load_cfg, save_weights
-from models.weights import load_model, save_checkpoint
+from models.weights import load_model
 from tests.networks import ROOT, seeded
 from utils.int8 import count_integer
 from utils.onnx_metadata import unpack
 from utils.runtime import OnnxNetwork
 
 DEMO = ROOT / "cfg/demo.cfg"
-
-
-@pytest.fixture
-def trained(tmp_path, scenes) -> Path:
-    """Write a checkpoint of a small network for the drawn pictures and give its path."""
-    names = (scenes.parent / "demo.names").read_text().split()
-    described = {"cfg": DEMO.read_text(), "cfg_path": "demo.cfg", "names": names, "data": str(scenes)}
-    save_checkpoint(tmp_path / "demo.pt", described | {"model": seeded(DEMO).state_dict()})
-    return tmp_path / "demo.pt"
 
 
 def export_int8(command, weights: Path, *flags: str):

@@ -9,21 +9,11 @@ import onnx
 import pytest
 import torch
 
-from models.weights import save_checkpoint
 from tests.networks import ROOT, seeded
 from utils import export
 from utils.runtime import OnnxNetwork
 
 DEMO = ROOT / "cfg/demo.cfg"
-
-
-@pytest.fixture
-def trained(tmp_path, scenes) -> Path:
-    """Write demo.pt, a checkpoint of a small network for the drawn pictures, and give its path."""
-    names = (scenes.parent / "demo.names").read_text().split()
-    described = {"cfg": DEMO.read_text(), "cfg_path": "demo.cfg", "names": names, "data": str(scenes)}
-    save_checkpoint(tmp_path / "demo.pt", described | {"model": seeded(DEMO).state_dict()})
-    return tmp_path / "demo.pt"
 
 
 def write(weights: Path, *flags: str) -> Path:

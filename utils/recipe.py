@@ -62,7 +62,12 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, base: Recipe) -> Recipe:
-    """Read key=value lines over the values of `base`. Raises DataError with every line that cannot be read."""
+    """Read key=value lines over the values of `base`, which an empty path leaves as they are.
+
+    Raises DataError with every line that cannot be read.
+    """
+    if not path:
+        return base
     kinds = {field.name: type(field.default) for field in fields(Recipe)}
     found: dict[str, Any] = {}
     mistakes = []

@@ -202,7 +202,7 @@ def rank_groups(args: Namespace, model: Darknet, groups: Groups, bench: Bench) -
                 " sparse training first (train.py -sr), or another --criterion"
             )
         return gammas
-    recipe = load_recipe(args.hyp, Recipe()) if args.hyp else Recipe()
+    recipe = load_recipe(args.hyp, Recipe())
     return taylor(model, groups, _losses(model, bench, recipe, args.batches))
 
 

@@ -91,7 +91,7 @@ def make_recipe(args: argparse.Namespace, cfg: Cfg, resumed: dict[str, Any]) -> 
         return read_darknet_recipe(cfg)
     if resumed:
         return Recipe(**resumed["recipe"])
-    recipe = load_recipe(args.hyp, Recipe()) if args.hyp else Recipe()
+    recipe = load_recipe(args.hyp, Recipe())
     recipe = replace(recipe, optimizer="adamw") if args.adam else recipe
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
 

@@ -20,7 +20,7 @@ def tune(args: Namespace, model: Darknet, bench: Bench, *, epochs: int) -> Darkn
     """Train a network for some epochs by our recipe (--hyp), and return the moving average of its weights."""
     assert bench.train is not None
     seed_everything(args.seed)
-    recipe = load_recipe(args.hyp, Recipe()) if args.hyp else Recipe()
+    recipe = load_recipe(args.hyp, Recipe())
     model = model.to(device=bench.device, memory_format=torch.channels_last)
     pictures = Pictures(bench.train, model.channels, recipe, args.seed)
     mosaic_epochs = round(epochs * (1 - recipe.close_mosaic))
