@@ -28,9 +28,11 @@ def test_a_student_is_trained_alone_and_by_a_strategy(scenes, tmp_path, monkeypa
     save_checkpoint("runs/teacher/last.pt", {"cfg": CFG.read_text(), "model": teacher.state_dict()})
     save_weights(teacher, "start.weights")
     student = Student("a student", CFG, "by-others", ("--weights", "start.weights"), "teacher")
-    rows = compare(student, scenes, (ALONE, "logits+cwd"), [0], epochs=1)
+    rows = compare([student], scenes, (ALONE, "logits+cwd"), [0, 1], epochs=1)
     assert [row["kd"] for row in rows] == [ALONE, "logits+cwd"]
+    assert [row["seeds"] for row in rows] == [2, 2]
     assert rows[0]["difference"] == "+0.000"
     names = {path.parent.relative_to("runs").as_posix() for path in Path("runs").rglob("metrics.jsonl")}
-    assert names == {"by-others", "distillation/a-student-logits+cwd-0"}
+    others = {f"distillation/a-student-{each}" for each in ("alone-1", "logits+cwd-0", "logits+cwd-1")}
+    assert names == {"by-others"} | others
     assert "kd_cwd" in (tmp_path / "runs/distillation/a-student-logits+cwd-0/metrics.jsonl").read_text()
