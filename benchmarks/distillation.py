@@ -4,13 +4,15 @@
 
 Every training is the short protocol (protocol.py) on BCCD. The teacher is the GhostNet-YOLOv3 that the student was cut
 from (benchmarks/slimming.py comes first), fine-tuned as long as the student will be. Each strategy gets one seed, the
-best of them and fine-tuning alone get SEEDS. Then a training step with a teacher is timed against one without and the
-teacher's forward pass. Writes benchmarks/distillation.md and .json; takes some four hours on 2 cores. Trainings that
-are done stay in runs/distillation, and a second call goes on from there. `--kd` takes some of the strategies.
+best of them and fine-tuning alone get SEEDS, for slim-s too. Then a training step with a teacher is timed against one
+without and the teacher's forward pass. Writes benchmarks/distillation.md and .json; takes some four hours on 2 cores.
+Trainings that are done stay in runs/distillation, and a second call goes on from there. `--kd` takes some of the
+strategies.
 """
 
+import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,26 +111,19 @@ def compare(
     *,
     epochs: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Train students by every variant, the first of which is alone, and with more seeds by the first and the best."""
+    """Train the first student by every variant, all of them alone and by its best one with all seeds."""
     named = {student.name: student for student in students}
 
-    def run(keys: Iterable[Key]) -> dict[Key, dict[str, Any]]:
+    def run(keys: list[Key]) -> dict[Key, dict[str, Any]]:
         tasks = {"/".join(map(str, key)): partial(train, named[key[0]], data, *key[1:], epochs) for key in keys}
         return dict(zip(keys, run_all(tasks).values(), strict=True))
 
-    scores = run([(name, variant, seeds[0]) for name in named for variant in variants])
-    chosen = {
-        name: max(variants[1:], key=lambda variant: scores[name, variant, seeds[0]]["map50_95"]) for name in named
-    }
-    scores |= run(
-        [
-            (name, variant, seed)
-            for name, best in chosen.items()
-            for variant in (variants[0], best)
-            for seed in seeds[1:]
-        ]
-    )
-    return [make_row(student, variant, scores) for student in students for variant in variants]
+    first = students[0].name
+    scores = run([(first, variant, seeds[0]) for variant in variants])
+    best = max(variants[1:], key=lambda variant: scores[first, variant, seeds[0]]["map50_95"])
+    scores |= run(list(itertools.product(named, (ALONE, best), seeds)))
+    shown = dict.fromkeys((name, variant) for name, variant, _ in scores)
+    return [make_row(named[name], variant, scores) for name, variant in shown]
 
 
 def make_row(student: Student, variant: str, scores: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
