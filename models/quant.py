@@ -4,12 +4,23 @@ This is quantisation as training sees it: numbers on a grid, computed in floatin
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FLOAT_BITS = 32  # left as it is
+BYTE_BITS = 8  # the most that integer kernels take
+
+
+class ActivationGrid(NamedTuple):
+    """Integer inputs: x is of level clip(round(x/step) + zero, 0, top), which is read as value·(level - zero)."""
+
+    step: float
+    zero: int
+    top: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,27 @@ class QuantConv2d(nn.Conv2d):
         """Replace the weights by their levels, which a scale may be multiplied to: they are not quantised again."""
         self.weight = nn.Parameter(quantize_weight(self.weight, self.grid.w_bits).detach())
         self.is_baked = True
+
+    def activation_grid(self) -> ActivationGrid | None:
+        """Give the levels of the inputs, None where they do not fit a byte."""
+        if self.grid.a_bits > BYTE_BITS:
+            return None
+        n = 2**self.grid.a_bits - 1
+        return ActivationGrid(self.grid.a_range / n, 0, n, 1 / n)
+
+    @torch.no_grad()
+    def weight_levels(self) -> tuple[Tensor, Tensor] | None:
+        """Give integers [O, I/groups, k, k] (int16) and scales [O] whose product the convolution's weights are.
+
+        None where they have more than 8 bits.
+        """
+        if self.grid.w_bits > BYTE_BITS:
+            return None
+        w = self.weight
+        if self.grid.w_bits == 1:
+            return torch.where(w >= 0, 1, -1).short(), w.abs().mean().repeat(len(w))
+        n = 2**self.grid.w_bits - 1
+        return (quantize_weight(w, self.grid.w_bits) * n).round().short(), w.new_full((len(w),), 1 / n)
 
 
 def _round(x: Tensor) -> Tensor:

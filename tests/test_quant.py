@@ -9,7 +9,7 @@ from networks import FIXTURES, build, random, run, seeded
 from numpy_reference import convolve
 
 from models import Darknet, load_cfg, load_model, parse, save_weights
-from models.quant import Grid, QuantConv2d, quantize_activation, quantize_weight
+from models.quant import ActivationGrid, Grid, QuantConv2d, quantize_activation, quantize_weight
 
 QUANTISED = FIXTURES / "valid/quantised.cfg"
 BITS = [1, 2, 4, 7, 8, 32]
@@ -136,3 +136,21 @@ def test_every_parameter_learns() -> None:
     model = Darknet(load_cfg(QUANTISED)).train()
     model(random(2, 3, 64, 96))[0].square().mean().backward()
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 7, 8, 9, 32])
+def test_integers_are_what_the_convolution_reads(bits: int) -> None:
+    conv, x = QuantConv2d(4, 6, 3, groups=2, bias=False, grid=Grid(bits, bits, 3)), random(1, 4, 5, 5) * 3
+    grid, found = conv.activation_grid(), conv.weight_levels()
+    if bits > 8:
+        assert grid is found is None
+        return
+    levels, scale = found
+    n = 2**bits - 1
+    assert grid == ActivationGrid(3 / n, 0, n, 1 / n)
+    assert (levels.dtype, levels.shape, scale.shape) == (torch.int16, (6, 2, 3, 3), (6,))
+    assert (levels.abs() <= n).all()
+    assert (levels % 2 == 1).all()
+    read = grid.value * ((x / grid.step).round() + grid.zero).clamp(0, grid.top).sub(grid.zero)
+    expected = torch.nn.functional.conv2d(read, levels * scale[:, None, None, None], groups=2)
+    torch.testing.assert_close(conv(x), expected)
