@@ -1,6 +1,7 @@
 """What every module of a fused network is in ONNX's operators: a table, and one short function a module."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +31,15 @@ def write_layers(g: Graph, model: Darknet) -> list[str]:
         g.prefix = f"{index}/"
         outputs[index] = write(g, block, *(outputs[i] for i in layer.inputs))
         g.shapes[outputs[index]] = layer.channels, *layer.size
+    return name_raws(g, model, outputs.__getitem__)
+
+
+def name_raws(g: Graph, model: Darknet, output: Callable[[int], str]) -> list[str]:
+    """Give what a network's forward returns the names raw_N; `output` tells that of layer N until then."""
     kept = [spec.layer for spec in model.heads] or [len(model.layers) - 1]
     g.prefix = ""
-    raws = {index: g.op("Identity", outputs[index], output=f"raw_{index}") for index in kept}
-    g.shapes |= {raw: g.shapes[outputs[index]] for index, raw in raws.items()}
+    raws = {index: g.op("Identity", output(index), output=f"raw_{index}") for index in kept}
+    g.shapes |= {raw: g.shapes[output(index)] for index, raw in raws.items()}
     return [*raws.values()]
 
 
@@ -212,8 +218,15 @@ def _conv(
     groups: int,
 ) -> str:
     operands = (x, weight) if bias is None else (x, weight, bias)
-    window = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
-    return g.op("Conv", *operands, kernel_shape=list(weight.shape[2:]), **window)
+    return g.op("Conv", *operands, **window(weight.shape[2:], stride, padding, dilation, groups))
+
+
+def window(
+    size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> dict[str, Any]:
+    """Give the attributes of a Conv node."""
+    sides = {"kernel_shape": size, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
+    return {name: list(values) for name, values in sides.items()} | {"group": groups}
 
 
 def _spread(g: Graph, x: str, channels: int, step: int) -> str:
