@@ -68,7 +68,7 @@ def write(model: Darknet, x: torch.Tensor) -> tuple[IntegerWriter, list[str], by
     writer = IntegerWriter(g, model, make_plan(model, [x]))
     with torch.inference_mode():
         raws = writer.write()
-    raw, data = g.model({IMAGES: ["batch", 3, 64, 64]}, {raw: ["b", "c", "h", "w"] for raw in raws}, {})
+    raw, _ = g.model({IMAGES: ["batch", 3, 64, 64]}, {raw: ["b", "c", "h", "w"] for raw in raws}, {})
     for output in writer.levels.values():
         raw.graph.output.append(g.onnx.helper.make_tensor_value_info(output, g.onnx.TensorProto.UINT8, None))
     return writer, raws, raw.SerializeToString()
@@ -94,7 +94,7 @@ def test_layers_give_the_levels_of_the_training(w: int, a: int) -> None:
         wanted = (y / target.step + target.zero).clamp(0, target.top).round()
         apart = (found[writer.levels[index, target]].float() - wanted).abs()
         assert apart.max() <= 1
-        unit = (fold(block)[1] * grid.value / target.step).mean()  # of the biases, in levels of the output
+        unit = (fold(block, 127)[1] * grid.value / target.step).mean()  # of the biases, in levels of the output
         assert (apart > 0).float().mean() <= max(1e-3, unit)
         assert len(wanted.unique()) > 1
         compared += 1
@@ -115,7 +115,7 @@ def test_integers_run_wherever_the_cfg_is_quantised() -> None:
 
 def test_eight_bits_are_off_by_half_a_step() -> None:
     layer = make(network(8, 8)).blocks[1]
-    levels, scale = byte_levels(layer.conv)
+    levels, scale = byte_levels(layer.conv, 127)
     exact, step = layer.conv.weight_levels()
     assert exact.abs().max() == 255
     assert levels.abs().amax((1, 2, 3)).tolist() == [127] * len(levels)
@@ -126,7 +126,7 @@ def test_eight_bits_are_off_by_half_a_step() -> None:
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_fewer_bits_are_exact(bits: int) -> None:
     conv = make(network(bits, 8)).blocks[1].conv
-    levels, scale = byte_levels(conv)
+    levels, scale = byte_levels(conv, 127)
     exact, step = conv.weight_levels()
     assert torch.equal(levels, levels.round())
     assert 64 <= levels.abs().max() <= 127

@@ -22,10 +22,12 @@ from models.weights import save_checkpoint, write_atomically
 
 from . import cli
 from .int8 import compare, quantise, table
+from .integer_plan import Plan
 from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
 from .onnx_heads import write_decode, write_nms
+from .onnx_integer import IntegerWriter
 from .onnx_layers import IMAGES, write_layers
 from .onnx_metadata import DECODED, DETECTED, RAW, Metadata
 from .optional import require
@@ -34,15 +36,20 @@ FORMATS = {"onnx": ".onnx", "weights": ".weights", "pt": ".pt", "darknet": ".cfg
 BOUND = 1e-4  # of the largest value: what FP32 may differ by
 
 
-def make_onnx(model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None) -> tuple[Any, bytes]:
+def make_onnx(
+    model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None, plan: Plan | None = None
+) -> tuple[Any, bytes]:
     """Give the ONNX model of `model`, its batch normalisation folded, and its bytes.
 
     `metadata.outputs` says what it puts out; the batch is free, and the size unless `metadata.is_fixed`. `nms` are the
-    limits of write_nms. Raises DataError.
+    limits of write_nms. With a `plan` an unfused network's quantised convolutions are integer ones. Raises DataError.
     """
     graph = Graph()
     with torch.inference_mode():
-        raws = write_layers(graph, model if model.is_fused else model.fuse())
+        if plan:
+            raws = IntegerWriter(graph, model, plan).write()
+        else:
+            raws = write_layers(graph, model if model.is_fused else model.fuse())
         sides = metadata.size if metadata.is_fixed else ("height", "width")
         outputs = {raw: ["batch", graph.shapes[raw][0], f"{raw}_height", f"{raw}_width"] for raw in raws}
         if metadata.outputs != RAW:

@@ -30,11 +30,13 @@ class Plan(NamedTuple):
 
     `read` has for every layer the grids that its readers quantise it on, None for those that want real numbers. `own`
     are the grids of layers that have one, `before` the same of convolutions that have it before their activation.
+    `largest` is the greatest level of a weight.
     """
 
     read: list[set[ActivationGrid | None]]
     own: dict[int, ActivationGrid]
     before: dict[int, ActivationGrid]
+    largest: int = 127
 
     def target(self, index: int) -> ActivationGrid | None:
         """Give the grid on which all readers of a layer quantise it, None where there is no such."""
@@ -50,9 +52,12 @@ def integer_conv(block: nn.Module) -> QuantConv2d | None:
     return conv
 
 
-def make_plan(model: Darknet, inputs: Iterable[Tensor]) -> Plan:
-    """Plan an unfused network; `inputs` [B, channels, H, W] are what its own grids are calibrated with."""
-    plan = Plan(find_readers(model), {}, {})
+def make_plan(model: Darknet, inputs: Iterable[Tensor], *, reduce_range: bool = False) -> Plan:
+    """Plan an unfused network; `inputs` [B, channels, H, W] are what its own grids are calibrated with.
+
+    `reduce_range` leaves weights 7 bits, for processors whose sums of 8-bit products saturate.
+    """
+    plan = Plan(find_readers(model), {}, {}, 63 if reduce_range else 127)
     integers: set[int] = set()  # layers whose outputs are integers
     shared: dict[int, list[int]] = {}  # layers with a grid of their own, and those of one grid
     before: list[int] = []

@@ -16,15 +16,14 @@ from .integer_plan import MOVERS, TOP, Plan, integer_conv, limits
 from .onnx_graph import Graph
 from .onnx_layers import IMAGES, name_raws, window, write
 
-LARGEST = 127  # of a weight
 MAX_BIAS, TINY = 2**30, 1e-30  # of a bias, which leaves the sums room in 32 bits; of a scale
 
 
 class IntegerWriter:
     """Writes the layers of a network into a graph, each map in the forms in which it is read."""
 
-    def __init__(self, g: Graph, model: Darknet, plan: Plan, *, largest: int = LARGEST) -> None:
-        self.g, self.model, self.plan, self.largest = g, model, plan, largest
+    def __init__(self, g: Graph, model: Darknet, plan: Plan) -> None:
+        self.g, self.model, self.plan = g, model, plan
         self.fused = model.fuse()
         self.reals: dict[int, str] = {-1: IMAGES}
         self.levels: dict[tuple[int, ActivationGrid], str] = {}
@@ -75,7 +74,7 @@ class IntegerWriter:
         """Write a convolution in integers, and its output on the grid that its readers share or on its own."""
         g, block, grid = self.g, self.fused.blocks[index], conv.activation_grid()
         x = dequantise(g, self.quantised(self.model.layers[index].inputs[0], grid), grid)
-        x = write_convolution(g, self.model.blocks[index], x, self.largest)
+        x = write_convolution(g, self.model.blocks[index], x, self.plan.largest)
         if before := self.plan.before.get(index):
             x = dequantise(g, quantise(g, x, before), before)
             self.reals[index] = self._shaped(index, write(g, block.blur, write(g, block.activation, x)))
@@ -104,7 +103,7 @@ def dequantise(g: Graph, x: str, grid: ActivationGrid) -> str:
     return g.op("DequantizeLinear", x, grid.value, np.uint8(grid.zero))
 
 
-def write_convolution(g: Graph, block: Convolution, x: str, largest: int = LARGEST) -> str:
+def write_convolution(g: Graph, block: Convolution, x: str, largest: int) -> str:
     """Write a convolution of int8 weights with a scale a channel and int32 biases; its input is dequantised."""
     conv = block.conv
     levels, scale, bias = fold(block, largest)
@@ -114,7 +113,7 @@ def write_convolution(g: Graph, block: Convolution, x: str, largest: int = LARGE
     return g.op("Conv", x, weight, bias, **sides)
 
 
-def byte_levels(conv: QuantConv2d, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
     """Give levels of weights up to ±`largest` [O, I/groups, k, k] and their scales [O], in float64.
 
     Levels that are larger (DoReFa's of 8 bits are the odd numbers up to 255) are put on new ones over each channel's
@@ -128,7 +127,7 @@ def byte_levels(conv: QuantConv2d, largest: int = LARGEST) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def fold(block: Convolution, largest: int = LARGEST) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fold(block: Convolution, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fold batch normalisation: weights' levels (int8), scales [O], and biases [O] (int32).
 
     The unit of a bias is a level of a weight times one of an input.
