@@ -20,8 +20,7 @@ from models.layers import OWN
 from models.quant import QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
-from . import cli
-from .int8 import compare, quantise, table
+from . import cli, ptq
 from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
@@ -141,12 +140,7 @@ def make_int8(
     if source is None or source.train is None:
         raise DataError("--int8: needs pictures to calibrate with (give a --data with train=)")
     train = check_labels(source.train, len(source.names))
-    quantised, described = quantise(
-        graph, model, metadata, train, images=args.calibrate, reduce_range=args.reduce_range
-    )
-    valid = check_labels(source.valid, len(source.names)) if source.valid else None
-    log.info(table(compare({"FP32": data, "INT8": quantised}, valid, detector.names, metadata.size)))
-    return quantised, described
+    return ptq.quantise(args, detector, graph, data, metadata, train)
 
 
 def write_weights(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -208,6 +202,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
     )
+    ptq.add_flags(parser)
     args = parser.parse_args(argv)
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     suffix = Path(args.output).suffix
@@ -217,13 +212,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
     is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
     is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
-    idle = [flag for flag, value in is_set.items() if value]
+    int8_flags = ptq.given_flags(args)
+    idle = [flag for flag, value in is_set.items() if value] + int8_flags
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
     if args.int8 and args.nms:
         parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
-    if args.reduce_range and not args.int8:
-        parser.error("argument --reduce-range: goes with --int8 alone")
+    int8_flags += ["--reduce-range"] if args.reduce_range else []
+    if int8_flags and not args.int8:
+        parser.error(f"argument {int8_flags[0]}: goes with --int8 alone")
     return args
 
 
