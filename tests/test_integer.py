@@ -1,5 +1,7 @@
 """What becomes of quantised convolutions in an .onnx: integer kernels that give the levels of the training."""
 
+from pathlib import Path
+
 import onnxruntime
 import pytest
 import torch
@@ -8,19 +10,21 @@ from torch import nn
 from models import Darknet
 from models.cfg import parse
 from models.quant import ActivationGrid
+from models.weights import save_checkpoint
 from utils.int8 import count_integer
 from utils.integer_plan import integer_conv, limits, make_plan
 from utils.onnx_graph import Graph
 from utils.onnx_integer import IntegerWriter, byte_levels, fold
 from utils.onnx_layers import IMAGES
 
-HEAD = "[yolo]\nmask=0,1\nanchors=8,8, 16,16\nclasses=2\n"
+NET = "[net]\nwidth=64\nheight=64\nchannels=3\n"
+HEAD = "[yolo]\nmask=0,1\nanchors=8,8, 16,16\nclasses=4\n"
 
 
 def make(text: str) -> Darknet:
     """Build a network whose statistics are those of noise and half of whose γ are negative."""
     torch.manual_seed(0)
-    model = Darknet(parse(f"[net]\nwidth=64\nheight=64\nchannels=3\n{text}"))
+    model = Darknet(parse(NET + text))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -56,7 +60,7 @@ def network(w: int, a: int) -> str:
             "[shortcut]\nfrom=4\nactivation=linear",
             conv(16, w, a, "swish", "size=3"),
             conv(16, w, a, "leaky", "size=3"),
-            "[convolutional]\nfilters=14\nsize=1\nactivation=linear",
+            "[convolutional]\nfilters=18\nsize=1\nactivation=linear",
             HEAD,
         ]
     )
@@ -142,3 +146,39 @@ def test_limits() -> None:
     assert limits(nn.ReLU(), signed) == (128, 255)
     assert limits(nn.SiLU(), unsigned) is None
     assert limits(nn.Hardtanh(), signed) == (118, 138)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path, scenes: Path) -> Path:
+    """Write a checkpoint for the drawn pictures, one of whose quantised layers has no integer kernel."""
+    text = network(8, 8).replace("w_bits=8", "w_bits=16", 1)
+    names = (scenes.parent / "demo.names").read_text().split()
+    described = {"cfg": NET + text, "cfg_path": "x.cfg", "names": names, "data": str(scenes)}
+    save_checkpoint(tmp_path / "quantised.pt", described | {"model": make(text).state_dict()})
+    return tmp_path / "quantised.pt"
+
+
+def test_the_command_says_what_runs_in_integers(command, quantised):
+    flags = ("--int8", "--calibrate", 4, "--img-size", 64, "--output", "int8.onnx")
+    outcome = command("utils/export", "--weights", quantised, *flags)
+    assert outcome.status == 0, outcome.err
+    said = outcome.out + outcome.err
+    for line in (
+        "of the quantised multiply-adds are computed in integers",
+        "in float: layers 0 (not quantised in the cfg)",
+        "in float: layers 1 (more than 8 bits)",
+        "in float: layers 15 (before a head)",
+        "weights are moved by up to 0.",
+        "INT8, 7 of 10 convolutions in integers",
+    ):
+        assert line in said, line
+    lines = [line.split() for line in said.splitlines()]
+    assert ["simulated", "INT8"] in lines
+    outcome = command("test", "--weights", "int8.onnx", "--noplots", "--workers", 0, "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+
+
+def test_flags_of_float_networks_are_refused(command, quantised):
+    outcome = command("utils/export", "--weights", quantised, "--int8", "--keep-float", 1)
+    assert outcome.status == 2
+    assert "--keep-float: is for float networks" in outcome.err.splitlines()[-1]

@@ -20,6 +20,7 @@ from .log import DataError, log, start_logging
 from .network import Network
 
 BEST = "weights/best.pt"
+RUNTIMES = ("onnxruntime", "openvino")
 MAX_SIDE = 16384  # pixels of a network input
 
 
@@ -94,6 +95,13 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_training: bool = Fals
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
+
+
+def add_runtime_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --runtime."""
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="what computes an .onnx (default: %(default)s)"
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:

@@ -20,9 +20,11 @@ from models.layers import OWN
 from models.quant import QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
-from . import cli
-from .int8 import compare, quantise, table
-from .integer_plan import Plan
+from . import cli, integer, ptq
+from .bench import spread
+from .calibration import inputs
+from .int8 import compare, seal, table
+from .integer_plan import Plan, make_plan
 from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
@@ -143,17 +145,21 @@ def make_int8(
 ) -> tuple[bytes, Metadata]:
     """Give the integer form of an ONNX model and say what it costs. Raises DataError."""
     model, source = detector.model, detector.data
-    if bits(model):
-        raise DataError(f"--int8: {model.cfg.path} has quantised convolutions of its own (--int8 is for float ones)")
     if source is None or source.train is None:
         raise DataError("--int8: needs pictures to calibrate with (give a --data with train=)")
     train = check_labels(source.train, len(source.names))
-    quantised, described = quantise(
-        graph, model, metadata, train, images=args.calibrate, reduce_range=args.reduce_range
-    )
+    if not bits(model):
+        return ptq.quantise(args, detector, graph, data, metadata, train)
+    if given := ptq.given_flags(args):
+        raise DataError(f"{given[0]}: is for float networks ({model.cfg.path} says itself what is quantised)")
+    pictures = inputs(spread(train, args.calibrate), model.channels, metadata.size)
+    plan = make_plan(model, map(torch.from_numpy, pictures), reduce_range=args.reduce_range)
+    quantised, metadata = seal(make_onnx(model, metadata, plan=plan)[0], metadata)
+    for line in integer.explain(model, plan, quantised):
+        log.info(line)
     valid = check_labels(source.valid, len(source.names)) if source.valid else None
-    log.info(table(compare({"FP32": data, "INT8": quantised}, valid, detector.names, metadata.size)))
-    return quantised, described
+    log.info(table(compare({"simulated": data, "INT8": quantised}, valid, detector.names, metadata.size)))
+    return quantised, metadata
 
 
 def write_weights(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -215,6 +221,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
     )
+    ptq.add_flags(parser)
     args = parser.parse_args(argv)
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     suffix = Path(args.output).suffix
@@ -224,13 +231,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
     is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
     is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
-    idle = [flag for flag, value in is_set.items() if value]
+    int8_flags = ptq.given_flags(args)
+    idle = [flag for flag, value in is_set.items() if value] + int8_flags
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
     if args.int8 and args.nms:
         parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
-    if args.reduce_range and not args.int8:
-        parser.error("argument --reduce-range: goes with --int8 alone")
+    int8_flags += ["--reduce-range"] if args.reduce_range else []
+    if int8_flags and not args.int8:
+        parser.error(f"argument {int8_flags[0]}: goes with --int8 alone")
     return args
 
 
