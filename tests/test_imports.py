@@ -20,6 +20,8 @@ FLOORS = {
     "models/activations.py": 1,
     "models/attention.py": 1,
     "models/channels.py": 1,
+    "models/grid.py": 1,
+    "models/quantisers.py": 1,
     "models/quant.py": 1,
     "models/yolo.py": 1,
     "models/layer.py": 1,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from models import CfgError, Darknet, WeightsError, load_cfg
+from models.grid import FLOAT_BITS, MAX_BITS
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
 from . import dist
@@ -248,6 +249,14 @@ def batch_size(text: str) -> int | str:
 def natural(text: str) -> int:
     """Read an integer of at least 0 (for argparse)."""
     return _bounded(int, text, 0, 10**9)
+
+
+def bits(text: str) -> int:
+    """Read the bits of a quantiser (for argparse); 32 is floating point."""
+    value = _bounded(int, text, 1, FLOAT_BITS)
+    if MAX_BITS < value < FLOAT_BITS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {text}")
+    return value
 
 
 def side(text: str) -> int:

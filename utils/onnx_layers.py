@@ -14,7 +14,7 @@ from models.layers_dense import Connected
 from models.layers_head import Softmax
 from models.layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from models.layers_pool import Activation, Blur, Crop, LocalAvgPool, MaxPool, Reorg, Reorg3d
-from models.quant import FLOAT_BITS, QuantConv2d, quantize_weight
+from models.quant import FLOAT_BITS, QuantConv2d
 
 from .onnx_activations import ACTIVATIONS
 from .onnx_graph import Graph
@@ -58,13 +58,16 @@ def conv(g: Graph, m: nn.Conv2d, x: str) -> str:
 
 
 def quant_conv(g: Graph, m: QuantConv2d, x: str) -> str:
-    """Write DoReFa's quantisers as they train: numbers on a grid, computed in floating point."""
-    if m.grid.a_bits != FLOAT_BITS:
+    """Write the quantisers as they train: numbers on a grid, computed in floating point."""
+    assert m.is_baked, "the weights of a fused network are on their grid"
+    if m.grid.a_bits != FLOAT_BITS and m.grid.method == "dorefa":
         n = float(2**m.grid.a_bits - 1)
         share = g.op("Clip", g.op("Div", x, float(m.grid.a_range)), 0.0, 1.0)
         x = g.op("Div", g.op("Round", g.op("Mul", share, n)), n)
-    w = m.weight if m.is_baked else quantize_weight(m.weight, m.grid.w_bits)
-    return _conv(g, x, w, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    elif m.grid.a_bits != FLOAT_BITS:
+        step, low, high = map(float, m.input_grid())
+        x = g.op("Mul", g.op("Round", g.op("Clip", g.op("Div", x, step), low, high)), step)
+    return _conv(g, x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
 
 
 def binary_conv(g: Graph, m: BinaryConv2d, x: str) -> str:
