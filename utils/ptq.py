@@ -53,7 +53,9 @@ def quantise(
 
     Says what it costs and why a convolution stays in float, and writes what --sensitivity asks for. Raises DataError.
     """
-    valid = check_labels(detector.data.valid, len(detector.data.names)) if detector.data and detector.data.valid else None
+    valid = (
+        check_labels(detector.data.valid, len(detector.data.names)) if detector.data and detector.data.valid else None
+    )
     if args.max_drop is not None and valid is None:
         raise DataError("--max-drop: needs pictures to test on (give a --data with valid=)")
     model, size = detector.model, metadata.size
