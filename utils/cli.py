@@ -100,9 +100,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_runtime_flag(parser: argparse.ArgumentParser) -> None:
     """Add --runtime."""
-    parser.add_argument(
-        "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="what computes an .onnx (default: %(default)s)"
-    )
+    parser.add_argument("--runtime", choices=RUNTIMES, help="what computes an .onnx (default: onnxruntime)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:
