@@ -108,7 +108,7 @@ def write(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
         "speedup_vs_ort_fp32": ms[GHOST, "float", "onnx"] / ms[GHOST, "PTQ", "onnx"],
         "speedup_vs_eager": ms[GHOST, "float", "eager"] / ms[GHOST, "PTQ", "onnx"],
         "pruned_speedup_vs_eager": ms["pruned", "float", "eager"] / ms["pruned", "PTQ", "onnx"],
-        "size_ratio": plain["MB"] / quantised["MB"],
+        "size_ratio": quantised["MB"] / plain["MB"],
         "map50_drop": plain["mAP@.5"] - quantised["mAP@.5"],
     }
     epochs = ", ".join(f"{name} {count}" for name, count in EPOCHS.items())
