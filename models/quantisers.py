@@ -87,13 +87,12 @@ class OnGrid(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         x, step = ctx.saved_tensors
         u = x / step
-        is_inside = (u > ctx.low).logical_and_(u < ctx.high)
-        to_step = None
-        if ctx.needs_input_grad[1]:
-            slope = to_levels(u.clone(), ctx.low, ctx.high, is_binary=ctx.is_binary).sub_(u.mul_(is_inside)).mul_(grad)
-            axes = tuple(range(1 if step.dim() else 0, x.dim()))
-            to_step = ctx.share * slope.sum(axes, dtype=step.dtype).view_as(step)
-        return grad * is_inside, to_step, None, None, None, None
+        if not ctx.needs_input_grad[1]:
+            return (u > ctx.low).logical_and_(u < ctx.high) * grad, None, None, None, None, None
+        to_x = torch.ops.aten.hardtanh_backward(grad, u, ctx.low, ctx.high)  # the same in one pass, of numbers alone
+        slope = to_levels(u.clone(), ctx.low, ctx.high, is_binary=ctx.is_binary).mul_(grad).addcmul_(to_x, u, value=-1)
+        axes = tuple(range(1 if step.dim() else 0, x.dim()))
+        return to_x, ctx.share * slope.sum(axes, dtype=step.dtype).view_as(step), None, None, None, None
 
 
 def to_levels(u: Tensor, low: Any, high: Any, *, is_binary: bool = False) -> Tensor:

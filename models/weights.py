@@ -22,6 +22,7 @@ from torch import Tensor
 from .cfg import Cfg, CfgError, load_cfg, parse
 from .darknet import Darknet
 from .layer import Layer
+from .packing import restore_weight
 from .quant import STATE, QuantConv2d
 
 log = logging.getLogger("darkslim.weights")
@@ -112,7 +113,7 @@ def save_weights(model: Darknet, path: str | Path, count: int | None = None) -> 
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a `.pt` checkpoint: tensors, numbers and text only. Raises WeightsError."""
+    """Read a `.pt` checkpoint: tensors, numbers and text only. Packed weights are restored. Raises WeightsError."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"  # what torch.save writes; its older format is not ours
@@ -125,8 +126,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)")
     match checkpoint:
         case {"cfg": str(), "model": dict()}:
-            return checkpoint
+            return _unpacked(checkpoint, path)
     raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
+
+
+def _unpacked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Put the packed weights of a checkpoint among the others."""
+    packed = checkpoint.pop("packed", {})
+    try:
+        checkpoint["model"] |= {name: restore_weight(each) for name, each in packed.items()}
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise WeightsError(f"{path}: holds packed weights that cannot be read (damaged?)") from None
+    return checkpoint
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from models import Darknet, dump, save_weights
 from models.layers import OWN
-from models.quant import QuantConv2d
+from models.packing import pack_weight
+from models.quant import BYTE_BITS, QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
 from . import cli, integer, ptq
@@ -171,7 +172,18 @@ def write_checkpoint(args: argparse.Namespace, detector: cli.Detector, path: Pat
     """Write a checkpoint that describes itself. Raises WeightsError."""
     model, data = detector.model, detector.data.path if detector.data else ""
     described = {"cfg": dump(model.cfg), "cfg_path": model.cfg.path, "names": list(detector.names), "data": data}
-    save_checkpoint(path, described | {"model": model.state_dict()})
+    state, packed = dict(model.state_dict()), {}
+    for name, module in model.named_modules():
+        found = pack_weight(module) if args.packed and isinstance(module, QuantConv2d) else None
+        if found:
+            packed[f"{name}.weight"] = found
+            del state[f"{name}.weight"]
+    if args.packed and not packed:
+        raise DataError(f"--packed: {model.cfg.path} has no quantised convolution of 1 to {BYTE_BITS} bits")
+    save_checkpoint(path, described | {"model": state} | ({"packed": packed} if packed else {}))
+    if packed:
+        whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+        log.info("packed %d convolutions: a file of %d bytes for %d of float", len(packed), path.stat().st_size, whole)
 
 
 def write_darknet(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -222,6 +234,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
     )
     ptq.add_flags(parser)
+    parser.add_argument("--packed", action="store_true", help="a .pt whose quantised weights take as many bits as said")
     args = parser.parse_args(argv)
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     suffix = Path(args.output).suffix
@@ -235,6 +248,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     idle = [flag for flag, value in is_set.items() if value] + int8_flags
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
+    if args.packed and args.format != "pt":
+        parser.error("argument --packed: goes with --format pt alone")
     if args.int8 and args.nms:
         parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
     int8_flags += ["--reduce-range"] if args.reduce_range else []
