@@ -84,6 +84,18 @@ def test_a_quantised_student_starts_from_float_weights_and_learns_from_a_teacher
     assert "the steps of the inputs of 2 convolutions start from the first batch\n" in outcome.out
 
 
+def test_statistics_start_from_quantised_numbers(command, scenes, tmp_path, quantised):
+    save_weights(Darknet(load_cfg(CFG)), tmp_path / "float.weights")  # means 0 and variances 1
+    for cfg, is_own in ((CFG, False), (quantised, True)):
+        more = ["--weights", "float.weights", "--cfg", cfg, "--epochs", 1]
+        outcome = command("train", *flags(scenes, cfg.stem, *more))
+        assert outcome.status == 0, outcome.err
+        assert ("batch normalisation starts from the statistics of the first" in outcome.out) == is_own
+        state = load_checkpoint(tmp_path / f"runs/{cfg.stem}/last.pt")["model"]
+        variances = torch.cat([each for name, each in state.items() if name.endswith("running_var")])
+        assert ((variances - 1).abs().mean() > 0.5) == is_own  # a few steps move the float ones by 3 % each
+
+
 def test_the_pages_command_leaves_the_first_and_the_heads_float(tmp_path: Path) -> None:
     page = (ROOT / "docs/quantisation.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^sed .*", page, re.MULTILINE)
