@@ -110,6 +110,11 @@ def layer_of(node: str) -> int:
     return int(node.partition("/")[0])
 
 
+def beside(node: Any, other: Any) -> list[str]:
+    """Give the operator of `other` where one of both reads the other."""
+    return [other.op_type] if node.output[0] in other.input or other.output[0] in node.input else []
+
+
 def explain(data: bytes, calibrated: Calibrated, kept: Mapping[int, str]) -> dict[str, list[str]]:
     """Give the names of the float convolutions of an integer form, by the reason: `kept` has those of its layers."""
     nodes = {node.name: node for node in calibrated.graph.graph.node}
@@ -121,11 +126,6 @@ def explain(data: bytes, calibrated: Calibrated, kept: Mapping[int, str]) -> dic
         reason = kept.get(layer_of(name), f"no integer kernel{alien}") if name in grouped else "before a head"
         reasons.setdefault(reason, []).append(name)
     return reasons
-
-
-def beside(node: Any, other: Any) -> list[str]:
-    """Give the operator of `other` where one of both reads the other."""
-    return [other.op_type] if node.output[0] in other.input or other.output[0] in node.input else []
 
 
 def count_integer(data: bytes) -> tuple[int, int]:
