@@ -13,7 +13,7 @@ from models import Darknet
 from tests.networks import ROOT, seeded
 from utils import calibration, int8_sensitivity, ptq
 from utils.export import describe_network, make_onnx
-from utils.int8 import Calibrated, count_integer, float_convolutions, layer_of, prepare
+from utils.int8 import Calibrated, count_integer, explain, float_convolutions, layer_of, prepare
 from utils.onnx_layers import IMAGES
 from utils.onnx_metadata import DECODED
 from utils.runtime import OnnxNetwork
@@ -206,3 +206,25 @@ def test_a_drop_needs_pictures_to_test_on(command, trained, scenes):
     outcome = export_int8(command, trained, "--max-drop", 0.05, "--data", "train.data")
     assert outcome.status == 2
     assert outcome.err.splitlines()[-1] == "--max-drop: needs pictures to test on (give a --data with valid=)"
+
+
+def test_every_float_convolution_has_its_reason(model):
+    """One layer is kept, of another nothing is known, and those before heads stand in no group."""
+    ours = calibrated(model)
+    layers = [group.layer for group in ours.groups]
+    data = ours.quantise(layers[2:]).SerializeToString()
+    reasons = explain(data, ours, {layers[0]: "wanted"})
+    assert {reason: [layer_of(name) for name in names] for reason, names in reasons.items()} == {
+        "wanted": layers[:1],
+        "no integer kernel": layers[1:2],
+        "before a head": [spec.layer - 1 for spec in model.heads],
+    }
+
+
+def test_a_neighbour_without_an_integer_kernel_is_named(model):
+    ours = calibrated(model)
+    data = ours.quantise([group.layer for group in ours.groups[1:]]).SerializeToString()
+    for node in ours.graph.graph.node:
+        if node.name.startswith(f"{ours.groups[0].layer}/") and node.op_type == "LeakyRelu":
+            node.op_type = "Mish"
+    assert explain(data, ours, {})["no integer kernel: beside it Mish"] == [ours.groups[0].nodes[0]]

@@ -112,22 +112,20 @@ def layer_of(node: str) -> int:
     return int(node.partition("/")[0])
 
 
+def beside(node: Any, other: Any) -> list[str]:
+    """Give the operator of `other` where one of both reads the other."""
+    return [other.op_type] if node.output[0] in other.input or other.output[0] in node.input else []
+
+
 def explain(data: bytes, calibrated: Calibrated, kept: Mapping[int, str]) -> dict[str, list[str]]:
     """Give the names of the float convolutions of an integer form, by the reason: `kept` has those of its layers."""
-    nodes = calibrated.graph.graph.node
-    makers = {node.output[0]: node for node in nodes}
-    readers = {name: node.op_type for node in nodes for name in node.input}
-    in_groups = {name for group in calibrated.groups for name in group.nodes}
+    nodes = {node.name: node for node in calibrated.graph.graph.node}
+    grouped = {name for group in calibrated.groups for name in group.nodes}
     reasons: dict[str, list[str]] = {}
-    for name in float_convolutions(data):
-        beside = [readers.get(node.output[0]) for node in nodes if node.name == name]
-        beside += [makers[x].op_type for node in nodes if node.name == name for x in node.input if x in makers]
-        alien = [kind for kind in beside if kind and kind not in KINDS]
-        if name not in in_groups:
-            reason = "before a head"
-        else:
-            beside_it = f" ({alien[0]} beside it has no integer kernel)" if alien else ""
-            reason = kept.get(layer_of(name), f"not fused by ONNX Runtime{beside_it}")
+    for name in sorted(float_convolutions(data), key=layer_of):
+        around = {kind for node in nodes.values() for kind in beside(nodes[name], node)}
+        alien = f": beside it {', '.join(sorted(around - {*KINDS}))}" if around - {*KINDS} else ""
+        reason = kept.get(layer_of(name), f"no integer kernel{alien}") if name in grouped else "before a head"
         reasons.setdefault(reason, []).append(name)
     return reasons
 

@@ -81,7 +81,7 @@ def least(holds: Callable[[int], bool], most: int) -> int | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Lay the most sensitive rows out."""
-    lines = ["layer   error of the heads, its convolution alone in integers"]
+    lines = ["layer   error of the raw heads with it alone in integers"]
     lines += [f"{row.layer:<8}{row.error:.5f}" for row in rows[:SHOWN]]
     rest = f", {len(rows) - SHOWN} more below {rows[SHOWN].error:.5f}" if len(rows) > SHOWN else ""
     return "\n".join(lines) + rest
@@ -103,7 +103,7 @@ def write(rows: Sequence[Row], kept: Iterable[int], stem: Path) -> list[Path]:
     axes.set_xticks(range(len(ordered)), [str(row.layer) for row in ordered], rotation=90, fontsize=7)
     axes.axhline(float(np.median([row.error for row in rows])), color=GREY, linewidth=1, label="median")
     axes.set(xlabel="layer", ylabel="relative error of the raw heads", xlim=(-1, len(ordered)))
-    axes.set_title("one convolution alone in integers", loc="left")
+    axes.set_title("one layer alone in integers", loc="left")
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
     save_figure(figure, files[1])
     return files
