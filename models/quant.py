@@ -179,7 +179,7 @@ class QuantConv2d(nn.Conv2d):
             step = self._weight_step()
             return through(w, to_levels(w.detach() / step, low, high).mul_(step))
         share = (w[0].numel() * high) ** -0.5
-        return OnGrid.apply(w, self.w_step.view(-1, 1, 1, 1), low, high, share, grid.w_bits == 1)
+        return OnGrid.apply(w, self.w_step.view(-1, 1, 1, 1), low, high - low, share, grid.w_bits == 1)
 
     def _quantised_input(self, x: Tensor) -> Tensor:
         grid = self.grid
@@ -191,9 +191,9 @@ class QuantConv2d(nn.Conv2d):
             self.start_step(x)
         if grid.method == "iao" and self.training:
             self._watch(x)
-        step, low, high = self.input_grid()
+        step, low, _ = self.input_grid()
         share = (x[0].numel() * grid.input_levels[1]) ** -0.5
-        return OnGrid.apply(x, step, low, high, share, False)
+        return OnGrid.apply(x, step, low, 2**grid.a_bits - 1, share, False)
 
     def _weight_step(self) -> Tensor:
         """Give the steps [O, 1, 1, 1] of LSQ's or IAO's weights."""

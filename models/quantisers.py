@@ -56,48 +56,55 @@ class _Clipped(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float, n: int) -> Tensor:
+        ctx.save_for_backward(x)
         ctx.limit, ctx.n = limit, n
-        share = x / limit
-        if not ctx.needs_input_grad[0]:
-            return share.clamp_(0, 1).mul_(n).round_().div_(n)
-        clipped = share.clamp(0, 1)
-        ctx.save_for_backward(clipped == share)
-        return clipped.mul_(n).round_().div_(n)
+        return (x / limit).clamp_(0, 1).mul_(n).round_().div_(n)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (grad / ctx.n).mul_(ctx.n).mul_(ctx.saved_tensors[0]).div_(ctx.limit), None, None
+        (x,) = ctx.saved_tensors
+        return _within(grad, x, 0, ctx.limit).div_(ctx.n).mul_(ctx.n).div_(ctx.limit), None, None
 
 
 class OnGrid(Function):
-    """Values on `low`..`high` times a step, which learns (LSQ, section 2.1) or has no gradient (IAO).
+    """Values on `top` + 1 levels from `low` on times a step, which learns (LSQ, section 2.1) or has no gradient (IAO).
 
     x keeps its gradient between the limits. That of the step, times `share`, is the sum over x/step = u of round(u) - u
     there, and of the limit beyond; binary levels are ±1, their limits too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Any, high: Any, share: float, is_binary: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Any, top: int, share: float, is_binary: bool) -> Tensor:
         step = step.clamp_min(FLOOR)
         ctx.save_for_backward(x, step)
-        ctx.low, ctx.high, ctx.share, ctx.is_binary = low, high, share, is_binary
-        return to_levels(x / step, low, high, is_binary=is_binary).mul_(step)
+        ctx.low, ctx.top, ctx.share, ctx.is_binary = low, top, share, is_binary
+        return to_levels(x / step, low, low + top, is_binary=is_binary).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         x, step = ctx.saved_tensors
         u = x / step
         if not ctx.needs_input_grad[1]:
-            return (u > ctx.low).logical_and_(u < ctx.high) * grad, None, None, None, None, None
-        to_x = torch.ops.aten.hardtanh_backward(grad, u, ctx.low, ctx.high)  # the same in one pass, of numbers alone
-        slope = to_levels(u.clone(), ctx.low, ctx.high, is_binary=ctx.is_binary).mul_(grad).addcmul_(to_x, u, value=-1)
+            return _within(grad, u.sub_(ctx.low), 0, ctx.top), None, None, None, None, None
+        high = ctx.low + ctx.top
+        to_x = _within(grad, u, ctx.low, high)
+        slope = to_levels(u.clone(), ctx.low, high, is_binary=ctx.is_binary).mul_(grad).addcmul_(to_x, u, value=-1)
         axes = tuple(range(1 if step.dim() else 0, x.dim()))
         return to_x, ctx.share * slope.sum(axes, dtype=step.dtype).view_as(step), None, None, None, None
 
 
 def to_levels(u: Tensor, low: Any, high: Any, *, is_binary: bool = False) -> Tensor:
     """Round to the integers low..high, or to ±1; `u` is written over."""
-    return signs(u) if is_binary else u.clamp_(low, high).round_()
+    if is_binary:
+        return signs(u)
+    if isinstance(low, Tensor):  # a clamp between tensors takes several times as long
+        return torch.minimum(torch.maximum(u.round_(), low, out=u), high, out=u)
+    return u.clamp_(low, high).round_()
+
+
+def _within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Give the gradient where low < x < high, else 0, in one pass."""
+    return torch.ops.aten.hardtanh_backward(grad, x, low, high)
 
 
 def signs(x: Tensor) -> Tensor:
