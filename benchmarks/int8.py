@@ -4,9 +4,10 @@
 
 GhostNet-YOLOv3 and slim-m of the zoo (benchmarks/zoo.py) on BCCD: quantised after training, and trained on with DoReFa
 at 8, 4 and 2 bits by the short protocol (protocol.py) from the float weights; then the speed of GhostNet-YOLOv3 and of
-its pruned form (benchmarks/slimming.py) at 416x416. Writes benchmarks/int8.md and .json; takes about two hours and a
-half on 2 cores. What is done stays in runs/int8, and a second call goes on from there. `--only light` does slim-m
-alone and writes no report; `--rounds` and `--calibrate` make a quick check of it.
+its pruned form (benchmarks/slimming.py) at 416x416. Writes benchmarks/int8.md and .json; its six trainings are about a
+third of those of benchmarks/zoo.py. What is done stays in runs/int8, and a second call goes on from there. `--only
+light` does slim-m alone, `--only speed` the speed, and neither writes a report; `--rounds` and `--calibrate` make a
+quick check of it.
 """
 
 import argparse
