@@ -34,6 +34,7 @@ GHOST, PRUNED = "ghostnet-yolov3", Path("runs/slimming/ghostnet-yolov3-tuned/las
 BITS = (8, 4, 2)  # of weights and activations
 EPOCHS = {LIGHT: 30, GHOST: 10}
 SIDE, ROUNDS = 416, 40  # of the comparison of speed
+MAX_DROP = 0.003  # of mAP@.5 by the form that the summary is of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,15 +103,17 @@ def row(network: str, form: str, speed: dict[str, Any]) -> dict[str, Any]:
 def write(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
     """Write the report."""
     ms = {(each["network"], each["form"], each["backend"]): each["ms"] for each in speeds}
-    plain, quantised = (
-        next(each for each in rows if (each["network"], each["form"]) == (GHOST, form)) for form in ("float", "PTQ")
-    )
+    forms = {each["form"]: each for each in rows if each["network"] == GHOST}
+    plain = forms["float"]
+    fit = [form for form in ("PTQ", "DoReFa 8/8") if plain["mAP@.5"] - forms[form]["mAP@.5"] <= MAX_DROP]
+    best = min(fit or ["PTQ"], key=lambda form: ms[GHOST, form, "onnx"])
     summary = {
-        "speedup_vs_ort_fp32": ms[GHOST, "float", "onnx"] / ms[GHOST, "PTQ", "onnx"],
-        "speedup_vs_eager": ms[GHOST, "float", "eager"] / ms[GHOST, "PTQ", "onnx"],
-        "pruned_speedup_vs_eager": ms["pruned", "float", "eager"] / ms["pruned", "PTQ", "onnx"],
-        "size_ratio": quantised["MB"] / plain["MB"],
-        "map50_drop": plain["mAP@.5"] - quantised["mAP@.5"],
+        "form": best,
+        "speedup_vs_ort_fp32": ms[GHOST, "float", "onnx"] / ms[GHOST, best, "onnx"],
+        "speedup_vs_eager": ms[GHOST, "float", "eager"] / ms[GHOST, best, "onnx"],
+        "pruned_speedup_vs_eager": ms[GHOST, "float", "eager"] / ms["pruned", "PTQ", "onnx"],
+        "size_ratio": forms[best]["MB"] / plain["MB"],
+        "map50_drop": plain["mAP@.5"] - forms[best]["mAP@.5"],
     }
     epochs = ", ".join(f"{name} {count}" for name, count in EPOCHS.items())
     text = f"""PTQ: python -m utils.export --int8 on the trained network. DoReFa b/b: its convolutions but the first and
