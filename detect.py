@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.make_parser(__doc__)
     cli.add_model_flags(parser)
+    cli.add_runtime_flag(parser)
     cli.add_detection_flags(parser, conf_thres=0.3)
     parser.add_argument("--names", default="", help="file of class names (default: the .data file's or the .pt's)")
     parser.add_argument("--source", default="data/samples", help="file, folder, glob, camera number, URL or list")

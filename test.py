@@ -35,6 +35,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.make_parser(__doc__)
     cli.add_model_flags(parser)
+    cli.add_runtime_flag(parser)
     cli.add_run_flags(parser)
     cli.add_detection_flags(parser, conf_thres=0.001)
     parser.add_argument("--max-det", type=cli.positive, help="detections counted per image (default: the .data file's)")

@@ -6,8 +6,8 @@ weights of these networks hold their tensors.
 
 from .activations import ACTIVATIONS
 from .cfg import Section
+from .grid import grid_keys, is_quantised, read_grid
 from .layer import MAX_FILTERS, MAX_KERNEL, Built, read_odd
-from .layers_conv import read_grid
 
 MAX_REPEAT = 128  # four times what any network has
 STAGE_UNITS = {"stage2": 4, "stage3": 8, "stage4": 4}  # of ShuffleNetV2
@@ -255,8 +255,8 @@ def _shuffle_stage(section: Section, built: Built, key: str, units: int, *, hidd
 def _make_writer(section: Section, built: Built) -> Writer:
     """Make a Writer whose convolutions are quantised where the section says how."""
     writer, grid = Writer(built), read_grid(section)
-    if not section.options.keys().isdisjoint(vars(grid)):
-        writer.convolution = ["[quan_convolutional]", *(f"{key}={value}" for key, value in vars(grid).items())]
+    if is_quantised(section):
+        writer.convolution = ["[quan_convolutional]", *(f"{key}={value}" for key, value in grid_keys(grid).items())]
     return writer
 
 

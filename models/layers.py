@@ -15,6 +15,7 @@ SECTIONS: dict[str, Builder] = {
     "depthwise": depthwise,
     "quan_convolutional": quan_convolutional,
     "quantize_convolutional": quan_convolutional,
+    "IAO_convolutional": quan_convolutional,
     "connected": connected,
     "conn": connected,
     "batchnorm": batchnorm,
@@ -53,7 +54,10 @@ SECTIONS: dict[str, Builder] = {
 }
 
 # Sections that Darknet itself does not know.
-OWN = frozenset("depthwise quan_convolutional quantize_convolutional BatchNorm2d channel_shuffle eca ca sa".split())
+OWN = frozenset(
+    """depthwise quan_convolutional quantize_convolutional IAO_convolutional BatchNorm2d channel_shuffle eca ca
+    sa""".split()
+)
 
 # Darknet's sections that have no place in a detector of pictures: a cfg with one is refused in one line.
 REFUSED: dict[str, str] = {
@@ -91,6 +95,7 @@ TRAINER_KEYS: dict[str, list[str]] = dict.fromkeys((*SECTIONS, *MACROS), LAYER_K
     "conv": LAYER_KEYS + CONV_KEYS,
     "quan_convolutional": LAYER_KEYS + CONV_KEYS,
     "quantize_convolutional": LAYER_KEYS + CONV_KEYS,
+    "IAO_convolutional": LAYER_KEYS + CONV_KEYS,
     "crop": LAYER_KEYS + "flip angle saturation exposure shift".split(),
     "dropout": LAYER_KEYS + "dropblock dropblock_size_rel dropblock_size_abs".split(),
     "yolo": LAYER_KEYS + YOLO_KEYS,

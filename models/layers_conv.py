@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .cfg import Section
 from .channels import convolved, kept
+from .grid import Grid, read_grid
 from .layer import (
     BN_EPS,
     BN_MOMENTUM,
@@ -24,9 +25,7 @@ from .layer import (
     window,
 )
 from .layers_pool import blurred, read_blur
-from .quant import FLOAT_BITS, Grid, QuantConv2d
-
-MAX_BITS = 16  # of a quantiser: levels that float32 still tells apart after a division
+from .quant import QuantConv2d
 
 
 class Convolution(nn.Module):
@@ -135,15 +134,9 @@ def depthwise(section: Section, built: Built) -> Layer:
 
 
 def quan_convolutional(section: Section, built: Built) -> Layer:
-    """Build [quan_convolutional], a convolution with DoReFa's quantised weights and quantised inputs."""
+    """Build [quan_convolutional], a convolution with quantised weights and quantised inputs."""
     groups = section.int("groups", 1, minimum=1, maximum=MAX_FILTERS, alias="group")
     return _convolutional(section, built, groups, read_grid(section))
-
-
-def read_grid(section: Section) -> Grid:
-    """Read how a convolution is quantised."""
-    w_bits, a_bits = _read_bits(section, "w_bits"), _read_bits(section, "a_bits")
-    return Grid(w_bits, a_bits, section.float("a_range", 10, minimum=1e-6))
 
 
 def crnn(section: Section, built: Built) -> Layer:
@@ -220,8 +213,8 @@ def _convolutional(section: Section, built: Built, groups: int, grid: Grid | Non
         filters,
         blurred(section, built, blur, size),
         coarser(source, stride),
-        kept if grid and grid.w_bits == 1 else convolved(groups, keeps_inputs=is_binary),
-        {} if owner else _tensors(has_bn, axes),
+        kept if grid and grid.w_bits == 1 and grid.method == "dorefa" else convolved(groups, keeps_inputs=is_binary),
+        {} if owner else _tensors(has_bn, axes) | _steps(module),
         widths,
         2 * weights * size[0] * size[1] // (32 if is_xnor else 1),  # Darknet's, as 32 bits go in one step
         owner=index,
@@ -274,18 +267,17 @@ def _make_convolution(
     return conv, nn.BatchNorm2d(filters, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()
 
 
-def _read_bits(section: Section, key: str) -> int:
-    bits = section.int(key, 8, minimum=1, maximum=FLOAT_BITS)
-    if MAX_BITS < bits < FLOAT_BITS:
-        section.fail(f"{key!r} expects 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {bits}", key)
-        return FLOAT_BITS
-    return bits
-
-
 def _tensors(has_bn: bool, axes: str) -> dict[str, str]:
     """Give the tensors of a convolution whose weights have `axes`."""
     names = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var") if has_bn else ("conv.bias",)
     return dict.fromkeys(names, axes[:1].strip("-")) | {"conv.weight": axes}
+
+
+def _steps(module: nn.Module) -> dict[str, str]:
+    """Give the tensors of a convolution's quantisers: weights have a step a filter."""
+    conv = module.conv if isinstance(module, Convolution) else None
+    names = conv.state if isinstance(conv, QuantConv2d) else ()
+    return {f"conv.{name}": "o" if name == "w_step" else "" for name in names}
 
 
 def _find_owner(

@@ -4,10 +4,11 @@ A `.weights` file is a header (three int32 for the version, then the images seen
 before) and float32 values layer by layer, in the order of each Layer's `tensors`.
 """
 
+import logging
 import os
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from operator import attrgetter
@@ -18,9 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cfg import Cfg, load_cfg, parse
+from .cfg import Cfg, CfgError, load_cfg, parse
 from .darknet import Darknet
 from .layer import Layer
+from .packing import restore_weight
+from .quant import STATE, QuantConv2d
+
+log = logging.getLogger("darkslim.weights")
 
 SCALES = ("bn.weight", "bn.running_mean", "bn.running_var")  # what dontloadscales leaves out
 
@@ -51,33 +56,45 @@ def load_weights(model: Darknet, path: str | Path) -> list[int]:
     """Fill `model` from a `.weights` or `.pt` file, whole or partial, and return the indices of the filled layers.
 
     A layer without parameters counts as filled when what is before it is. A `.weights` file holds nothing of a layer
-    with `dontload` and neither scales nor statistics of one with `dontloadscales`, as Darknet reads it. Raises
-    WeightsError.
+    with `dontload` and neither scales nor statistics of one with `dontloadscales`, as Darknet reads it. Quantisers
+    start afresh where the file is of the network's float form, or of other bits. Raises WeightsError.
     """
     if Path(path).suffix == ".pt":
         checkpoint = load_checkpoint(path)
-        return load_state(model, checkpoint["model"], path)
+        stale = _stale_steps(model, checkpoint, path)
+        return load_state(model, {key: each for key, each in checkpoint["model"].items() if key not in stale}, path)
     return _load_darknet(model, path)
 
 
 def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) -> list[int]:
     """Fill every layer of `model` whose tensors all stand in `state` with the same shapes.
 
-    A layer without parameters counts as filled when the last one before it that has some is.
+    A layer without parameters counts as filled when the last one before it that has some is; quantisers of a filled
+    layer start afresh where `state` has not theirs.
     """
     own, filled, is_filled = model.state_dict(), [], True
     for index, layer in enumerate(model.layers):
-        names = _state_names(index, layer)
+        names = _state_names(index, layer, has_steps=False)
         if names:
             is_filled = all(getattr(state.get(name), "shape", None) == own[name].shape for name in names)
         if is_filled:
-            if not all(state[name].isfinite().all() for name in names):
+            if not all(state[name].isfinite().all() for name in _state_names(index, layer) if name in state):
                 raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
             filled.append(index)
     if not any(model.layers[index].tensors for index in filled):
         raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
-    for name in (name for index in filled for name in _state_names(index, model.layers[index])):
-        own[name].copy_(state[name])  # all has been checked: a refused file changes nothing
+    fresh = 0
+    for index in filled:  # all has been checked: a refused file changes nothing
+        layer = model.layers[index]
+        names = _state_names(index, layer)
+        found = [name for name in names if getattr(state.get(name), "shape", None) == own[name].shape]
+        for name in found:
+            own[name].copy_(state[name])
+        fresh += _reset_steps(layer, {*names} - {*found})
+    surplus = sum(name.endswith(STATE) and name not in own for name in state)
+    if fresh or surplus:
+        what = f"has no steps for {fresh} quantised layers of" if fresh else f"has {surplus} steps too many for"
+        log.info("%s: %s %s: they %s", path, what, model.cfg.path, "start afresh" if fresh else "are left out")
     return filled
 
 
@@ -96,7 +113,7 @@ def save_weights(model: Darknet, path: str | Path, count: int | None = None) -> 
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a `.pt` checkpoint: tensors, numbers and text only. Raises WeightsError."""
+    """Read a `.pt` checkpoint: tensors, numbers and text only. Packed weights are restored. Raises WeightsError."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"  # what torch.save writes; its older format is not ours
@@ -109,8 +126,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)")
     match checkpoint:
         case {"cfg": str(), "model": dict()}:
-            return checkpoint
+            return _unpacked(checkpoint, path)
     raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
+
+
+def _unpacked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Put the packed weights of a checkpoint among the others."""
+    packed = checkpoint.pop("packed", {})
+    try:
+        checkpoint["model"] |= {name: restore_weight(each) for name, each in packed.items()}
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise WeightsError(f"{path}: holds packed weights that cannot be read (damaged?)") from None
+    return checkpoint
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -143,16 +170,19 @@ def describe(model: Darknet, filled: list[int]) -> str:
     return f"{_ranges(filled)} of {len(model.layers)}"
 
 
-def count_layers(model: Darknet, values: int, path: str | Path) -> int:
+def count_layers(model: Darknet, values: int, path: str | Path, *, has_steps: bool = True) -> int:
     """Count the layers that a `.weights` file of so many values fills, those without parameters among them.
 
-    Raises WeightsError where it ends inside a layer or goes on behind the last.
+    Without `has_steps` it is one of the network's float form. Raises WeightsError where it ends inside a layer or goes
+    on behind the last.
     """
-    ends = _ends(model)
+    ends = _ends(model, has_steps=has_steps)
     count = sum(end <= values for end in ends)  # layers that the file reaches the end of
     held = f"the file holds {values} values, {model.cfg.path} takes {ends[-1]}"
     if values > ends[-1]:
-        raise WeightsError(f"{path}: is too long: {held} (the weights of another cfg?)")
+        raise WeightsError(
+            f"{path}: is too long: {held} (the weights of another cfg? those of method=lsq or iao load as .pt)"
+        )
     if values == 0 or values != ends[count - 1]:
         raise WeightsError(f"{path}: ends inside layer {count}: {held} (cut off, or the weights of another cfg?)")
     return count
@@ -169,17 +199,21 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
             f"{path}: its {len(data) - offset} bytes of values are no multiple of 4 (damaged or cut off)"
         )
     values = np.frombuffer(data, "<f4", offset=offset)
-    count = count_layers(model, len(values), path)
+    has_steps = _has_steps(model, len(values))
+    count = count_layers(model, len(values), path, has_steps=has_steps)
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        layer = sum(end <= bad for end in _ends(model))
+        layer = sum(end <= bad for end in _ends(model, has_steps=has_steps))
         raise WeightsError(f"{path}: holds NaN or infinity in layer {layer} (a failed training?)")
     start = 0
     with torch.no_grad():
-        for tensor in (tensor for layer in model.layers[:count] for tensor in _read_tensors(layer)):
+        for tensor in (tensor for layer in model.layers[:count] for tensor in _read_tensors(layer, has_steps)):
             part = values[start : start + tensor.numel()].astype(np.float32)
             tensor.copy_(torch.from_numpy(part).view(tensor.shape))
             start += tensor.numel()
+    if not has_steps:
+        fresh = sum(_reset_steps(layer, layer.tensors) for layer in model.layers[:count])
+        log.info("%s: has no steps for %d quantised layers of %s: they start afresh", path, fresh, model.cfg.path)
     model.header = header
     return [index for index in range(count) if not model.layers[index].rules.skip_load]
 
@@ -196,25 +230,58 @@ def _read_header(data: bytes, path: str | Path) -> tuple[tuple[int, int, int, in
     return (major, minor, revision, seen), 20 if is_long else 16
 
 
-def _ends(model: Darknet) -> list[int]:
-    """Count the values of a `.weights` file up to the end of every layer."""
-    return list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer)) for layer in model.layers))
+def _ends(model: Darknet, *, has_steps: bool = True) -> list[int]:
+    """Count the values of a `.weights` file, or of one of the float form, up to the end of every layer."""
+    return list(accumulate(sum(tensor.numel() for tensor in _read_tensors(layer, has_steps)) for layer in model.layers))
 
 
-def _state_names(index: int, layer: Layer) -> list[str]:
-    return [f"blocks.{index}.{name}" for name in layer.tensors]
+def _has_steps(model: Darknet, values: int) -> bool:
+    """Tell whether a file of so many values has those of quantisers: where both may be, a whole file is likelier."""
+    own, plain = _ends(model), _ends(model, has_steps=False)
+    return values == own[-1] or (values != plain[-1] and (values in own or values not in plain))
+
+
+def _stale_steps(model: Darknet, checkpoint: Mapping[str, Any], path: str | Path) -> set[str]:
+    """Name the steps in a checkpoint that were learned for other bits, or by another method, than `model` asks for."""
+    if not any(name.endswith(STATE) for name in model.state_dict()):
+        return set()
+    try:
+        with torch.device("meta"):
+            source = Darknet(checkpoint_cfg(checkpoint, path), allow_unknown=True)
+    except CfgError:
+        return set()
+    stale = set()
+    for index, (layer, other) in enumerate(zip(model.layers, source.layers, strict=False)):
+        ours, theirs = (getattr(getattr(each.module, "conv", None), "grid", None) for each in (layer, other))
+        if ours and theirs and ours.method == theirs.method:
+            stale |= {f"blocks.{index}.conv.w_step"} if ours.w_bits != theirs.w_bits else set()
+            stale |= {f"blocks.{index}.conv.a_step"} if ours.input_levels != theirs.input_levels else set()
+    return stale
+
+
+def _reset_steps(layer: Layer, names: Iterable[str]) -> bool:
+    """Let those quantisers of a layer start afresh whose tensors are named; tell whether there are any."""
+    found = [name.rpartition(".")[2] for name in names if name.endswith(STATE)]
+    conv = getattr(layer.module, "conv", None)
+    if found and isinstance(conv, QuantConv2d):
+        conv.reset_state(found)
+    return bool(found)
+
+
+def _state_names(index: int, layer: Layer, *, has_steps: bool = True) -> list[str]:
+    return [f"blocks.{index}.{name}" for name in layer.tensors if has_steps or not name.endswith(STATE)]
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
     return [attrgetter(name)(layer.module) for name in layer.tensors]
 
 
-def _read_tensors(layer: Layer) -> list[Tensor]:
-    """Give the tensors that Darknet reads; it writes all of them."""
+def _read_tensors(layer: Layer, has_steps: bool) -> list[Tensor]:
+    """Give the tensors that Darknet reads; it writes all of them. The float form has no steps of quantisers."""
     if layer.rules.skip_load:
         return []
-    names = [name for name in layer.tensors if not (layer.rules.skip_scales and name.endswith(SCALES))]
-    return [attrgetter(name)(layer.module) for name in names]
+    left_out = (SCALES if layer.rules.skip_scales else ()) + (() if has_steps else STATE)
+    return [attrgetter(name)(layer.module) for name in layer.tensors if not name.endswith(left_out)]
 
 
 def _ranges(indices: list[int]) -> str:

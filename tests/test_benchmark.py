@@ -21,11 +21,15 @@ def trained(tmp_path) -> Path:
     return path
 
 
-def test_every_backend_computes_the_same(trained):
+@pytest.mark.parametrize("more", [[], ["openvino"]], ids=["default", "openvino"])
+def test_every_backend_computes_the_same(trained, more):
+    for package in more:
+        pytest.importorskip(package)
     with torch.inference_mode():
-        entries = benchmark.make_entries([str(trained)], list(benchmark.BACKENDS), side=64, batch=2)
+        entries = benchmark.make_entries([str(trained)], [*benchmark.DEFAULT, *more], side=64, batch=2)
         outputs = [entry.network(entry.x) for entry in entries]
-    assert [entry.backend for entry in entries] == ["eager", "fused", "onnx"]
+    assert [entry.backend for entry in entries] == ["eager", "fused", "onnx", *more]
+    assert {*benchmark.BACKENDS} == {*benchmark.DEFAULT, "openvino"}
     assert [entry.network.is_fused for entry in entries[:2]] == [False, True]
     assert entries[1].x.is_contiguous(memory_format=torch.channels_last)
     assert isinstance(entries[2].network, OnnxNetwork)
@@ -49,6 +53,36 @@ def test_the_command_times_networks_and_backends_in_turn(command, trained):
         assert row["ratio"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"])
     (first, *_) = (line for line in outcome.out.splitlines() + outcome.err.splitlines() if " eager " in line)
     assert first.split()[-1] == "1.00"
+
+
+def test_fp32_and_int8_stand_in_one_table(command, trained, scenes):
+    pytest.importorskip("openvino")
+    flags = ("--weights", trained, "--data", scenes, "--img-size", 64)
+    names = (scenes.parent / "demo.names").as_posix()
+    assert command("utils/export", *flags, "--names", names, "--output", "a.onnx").status == 0
+    outcome = command("utils/export", *flags, "--int8", "--calibrate", 4, "--output", "b.onnx")
+    assert outcome.status == 0, outcome.err
+    words = ("a.onnx", "b.onnx", trained, "--backends", "fused", "onnx", "openvino", "--img-size", 96, "--rounds", 2)
+    outcome = command("utils/benchmark", *words, "--json", "rows.json")
+    assert outcome.status == 0, outcome.err
+    rows = json.loads(Path("rows.json").read_text())
+    found = [(Path(row["network"]).name, row["backend"], row["arithmetic"]) for row in rows]
+    runtimes = ("onnx", "openvino")
+    files = [(name, runtime, kind) for name, kind in (("a.onnx", "FP32"), ("b.onnx", "INT8")) for runtime in runtimes]
+    assert found == [*files, *(("demo.pt", backend, "FP32") for backend in ("fused", *runtimes))]
+    assert {tuple(row["size"]) for row in rows} == {(96, 96)}
+    (line,) = (
+        line
+        for line in outcome.out.splitlines() + outcome.err.splitlines()
+        if line.startswith("b.onnx  ") and "openvino" in line
+    )
+    assert line.split()[1:4] == ["openvino", "INT8", "96x96"]
+
+
+def test_simulated_integers_are_not_called_int8():
+    quantised = str(ROOT / "tests/fixtures/valid/quantised.cfg")
+    entries = benchmark.make_entries([quantised], ["eager", "onnx"], side=None, batch=1)
+    assert {entry.arithmetic for entry in entries} == {"simulated"}
 
 
 def test_each_file_has_its_own_size(trained):

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from models import Darknet, load_cfg, save_weights
 from models.weights import load_model
 from tests.networks import ROOT, seeded
-from utils.int8 import count_integer
+from utils.int8 import count_integer, float_convolutions, layer_of, optimised
 from utils.onnx_metadata import unpack
 from utils.runtime import OnnxNetwork
 
@@ -41,6 +41,11 @@ def test_all_convolutions_but_the_heads_run_in_integers(command, trained):
     data = Path("int8.onnx").read_bytes()
     assert count_integer(data) == (convolutions - len(model.heads), convolutions)
     graph = onnx.load("int8.onnx")
+    assert float_convolutions(data) == [name for name, kind in optimised(data) if kind in ("Conv", "FusedConv")]
+    floats = sorted(float_convolutions(data), key=layer_of)
+    assert [layer_of(name) for name in floats] == [spec.layer - 1 for spec in model.heads]
+    assert f"in float: {', '.join(floats)} (before a head)" in outcome.out + outcome.err
+    assert "ConvInteger" not in {kind for _, kind in optimised(data)}
     said = f"INT8, {convolutions - len(model.heads)} of {convolutions} convolutions in integers"
     assert unpack({each.key: each.value for each in graph.metadata_props}, "").arithmetic == said
     assert said in outcome.out + outcome.err
@@ -92,6 +97,10 @@ def test_test_runs_it(command, trained):
         (["--int8", "--nms"], "--nms: not with --int8"),
         (["--reduce-range"], "--reduce-range: goes with --int8 alone"),
         (["--int8", "--format", "pt", "--output", "x.pt"], "--int8: goes with --format onnx alone"),
+        (["--calibration", "entropy", "--output", "x.pt"], "--calibration: goes with --format onnx alone"),
+        (["--sensitivity"], "--sensitivity: goes with --int8 alone"),
+        (["--max-drop", 0], "--max-drop: goes with --int8 alone"),
+        (["--int8", "--max-drop", 2], "argument --max-drop: expected 0 to 1, gets 2"),
     ],
 )
 def test_flags_that_do_not_go_together(command, trained, flags, complaint):
@@ -101,12 +110,9 @@ def test_flags_that_do_not_go_together(command, trained, flags, complaint):
 
 
 def test_what_is_needed_is_told(command, tmp_path):
-    for cfg, complaint in {
-        DEMO: "--int8: needs pictures to calibrate with (give a --data with train=)",
-        ROOT / "tests/fixtures/valid/quantised.cfg": "has quantised convolutions of its own (--int8 is for float ones)",
-    }.items():
-        save_weights(seeded(cfg), tmp_path / "x.weights")
-        outcome = command("utils/export", "--cfg", cfg, "--weights", "x.weights", "--int8")
-        assert outcome.status == 2
-        assert complaint in outcome.err.splitlines()[-1]
+    save_weights(seeded(DEMO), tmp_path / "x.weights")
+    outcome = command("utils/export", "--cfg", DEMO, "--weights", "x.weights", "--int8")
+    assert outcome.status == 2
+    complaint = "--int8: needs pictures to calibrate with (give a --data with train=)"
+    assert complaint in outcome.err.splitlines()[-1]
     assert not Path("x.onnx").exists()

@@ -130,6 +130,67 @@ def test_files_that_are_no_such_network(command, trained, tmp_path):
             assert line.startswith(f"{name}: {complaint}")
 
 
+@pytest.mark.parametrize("kind", [(), ("--decode",), ("--int8", "--calibrate", "6")], ids=["raw", "decoded", "int8"])
+def test_openvino_gives_the_figures_of_onnx_runtime(command, trained, kind):
+    pytest.importorskip("openvino")
+    path = write(trained, *kind)
+    means, boxes = run_test(command, path)
+    found, theirs = run_test(command, path, "--runtime", "openvino")
+    assert found == pytest.approx(means, abs=1e-2 if "--int8" in kind else 1e-3)
+    if "--int8" not in kind:
+        assert_alike(theirs, boxes)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "tolerance"), [((), 1e-5), (("--int8", "--calibrate", "6"), 0.05)])
+def test_openvino_computes_the_same(trained, kind, tolerance, monkeypatch, tmp_path):
+    pytest.importorskip("openvino")
+    monkeypatch.chdir(tmp_path)
+    path = write(trained, *kind)
+    ours, theirs = (OnnxNetwork(path, runtime=name) for name in ("onnxruntime", "openvino"))
+    assert theirs.metadata == ours.metadata
+    for shape in ((1, 3, 96, 96), (2, 3, 64, 96)):
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        outputs = theirs(x)
+        theirs(torch.rand(shape))
+        for a, b in zip(ours(x), outputs, strict=True):  # which the second call leaves alone
+            assert a.shape == b.shape
+            assert (a - b).norm() < tolerance * a.norm()
+
+
+def test_openvino_detects(command, trained, scenes):
+    pytest.importorskip("openvino")
+    flags = ("--runtime", "openvino", "--source", scenes.parent / "images/valid", "--device", "cpu")
+    outcome = command("detect", "--weights", write(trained), *flags)
+    assert outcome.status == 0, outcome.err
+    assert "in OpenVINO (float32): 4 classes" in outcome.out + outcome.err
+
+
+def test_a_runtime_computes_an_onnx_alone(command, trained):
+    for script in ("test", "detect"):
+        outcome = command(script, "--weights", trained, "--runtime", "openvino", "--device", "cpu")
+        assert outcome.status == 2
+        complaint = f"--runtime openvino: computes an .onnx, and {trained} is none (export it)"
+        assert outcome.err.splitlines()[-1] == complaint
+
+
+def test_without_openvino_the_command_that_installs_it_is_told(command, trained, monkeypatch):
+    path = write(trained)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    outcome = command("test", "--weights", path, "--runtime", "openvino", "--device", "cpu")
+    assert outcome.status == 2
+    assert outcome.err == "openvino: is not installed, and this needs it (pip install openvino)\n"
+
+
+def test_a_broken_file_in_openvino(command):
+    pytest.importorskip("openvino")
+    Path("broken.onnx").write_bytes(b"nothing like it")
+    outcome = command("test", "--weights", "broken.onnx", "--runtime", "openvino", "--device", "cpu")
+    assert outcome.status == 2
+    assert outcome.err.startswith("broken.onnx: is not an .onnx that OpenVINO loads: ")
+    assert outcome.err.count("\n") == 1
+
+
 def test_a_names_file_of_another_length(command, trained):
     Path("two.names").write_text("a\nb\n")
     outcome = command("detect", "--weights", write(trained), "--names", "two.names", "--device", "cpu")

@@ -27,6 +27,7 @@ from torch import Tensor
 from models import Darknet, WeightsError, dump, load_cfg, load_weights, save_weights
 from models.layer import Layer
 from models.layers_conv import Convolution
+from models.quant import STATE, QuantConv2d
 from models.weights import describe, save_checkpoint
 
 from .cli import make_parser, rate, run
@@ -171,7 +172,10 @@ def fill(model: Darknet, found: Match, path: str | Path, *, eps: float, normaliz
             values["bn.running_var"] += eps - layer.module.bn.eps
         own = layer.module.state_dict()
         for name in layer.tensors:
-            own[name].copy_(values[name.removeprefix("conv.")])
+            if not name.endswith(STATE):
+                own[name].copy_(values[name.removeprefix("conv.")])
+        if isinstance(layer.module, Convolution) and isinstance(layer.module.conv, QuantConv2d):
+            layer.module.conv.reset_state()
 
 
 def write(model: Darknet, found: Match, path: str | Path) -> None:

@@ -1,6 +1,6 @@
-"""Time networks against each other on the CPU: in plain PyTorch, fused in channels_last, and in ONNX Runtime.
+"""Time networks against each other on the CPU: in PyTorch, plain and fused, in ONNX Runtime and in OpenVINO.
 
-    python -m utils.benchmark cfg/slim-m.cfg cfg/yolov3-tiny.cfg --img-size 416 --json speed.json
+    python -m utils.benchmark cfg/slim-m.cfg best.onnx best-int8.onnx --img-size 416 --json speed.json
 
 Prints the median time of a forward pass, raw heads without decoding, for every network and backend, all timed in turn
 in one process, and how many times as fast as the first row it is. Ten rows take some 20 s.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models import Darknet, load_cfg
+from models.quant import QuantConv2d
 from models.weights import checkpoint_cfg, load_checkpoint, load_model, write_atomically
 
 from . import cli
@@ -31,10 +32,11 @@ from .timing import ROUNDS, summarise, time_in_turn
 
 
 class Entry(NamedTuple):
-    """A network on a backend, and the picture or pictures that it gets."""
+    """A network on a backend, what it computes in, and the picture or pictures that it gets."""
 
     name: str
     backend: str
+    arithmetic: str
     network: Network
     x: Tensor
 
@@ -47,22 +49,29 @@ def fused(model: Darknet, name: str) -> Network:
     return model.fuse().to(memory_format=torch.channels_last)
 
 
-def onnx(model: Darknet, name: str) -> Network:
+def onnx(model: Darknet, name: str, runtime: str = "onnxruntime") -> Network:
     metadata = describe_network(model, outputs=RAW, names=(), size=model.size)
-    return OnnxNetwork(name, make_onnx(model, metadata)[1])
+    return OnnxNetwork(name, make_onnx(model, metadata)[1], runtime=runtime)
 
 
-BACKENDS: dict[str, Callable[[Darknet, str], Network]] = {"eager": eager, "fused": fused, "onnx": onnx}
+BACKENDS: dict[str, Callable[[Darknet, str], Network]] = {
+    "eager": eager,
+    "fused": fused,
+    "onnx": onnx,
+    "openvino": partial(onnx, runtime="openvino"),
+}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # the backends that take an .onnx
+DEFAULT = ["eager", "fused", "onnx"]
 
 
-def open_network(path: str) -> Darknet | OnnxNetwork:
+def open_network(path: str, runtime: str = "onnxruntime") -> Darknet | OnnxNetwork:
     """Load a .cfg with fresh weights, of which speed does not depend, a .pt or an .onnx.
 
     Raises CfgError, WeightsError, and DataError where the name has another ending.
     """
     match Path(path).suffix:
         case ".onnx":
-            return OnnxNetwork(path)
+            return OnnxNetwork(path, runtime=runtime)
         case ".pt":
             return load_model(checkpoint_cfg(load_checkpoint(path), path), path)
         case ".cfg":
@@ -70,21 +79,39 @@ def open_network(path: str) -> Darknet | OnnxNetwork:
     raise DataError(f"{path}: expected a name that ends in .cfg, .pt or .onnx")
 
 
+def arithmetic(network: Network) -> str:
+    """Name what a network computes in: FP32 or INT8; simulated: integers' levels in floating point."""
+    if isinstance(network, OnnxNetwork):
+        said = network.metadata.arithmetic
+        return "INT8" if said.startswith("INT8") else "simulated" if "simulated" in said else "FP32"
+    return "simulated" if any(isinstance(module, QuantConv2d) for module in network.modules()) else "FP32"
+
+
 def make_entries(paths: Sequence[str], backends: Sequence[str], *, side: int | None, batch: int) -> list[Entry]:
-    """Make a row of every network and backend; an .onnx has one backend. Raises what open_network raises."""
+    """Make a row of every network and backend; an .onnx has those of RUNTIMES, or ONNX Runtime where none is asked for.
+
+    Raises what open_network raises.
+    """
     entries = []
+    first, *others = [each for each in backends if each in RUNTIMES] or ["onnx"]
     for path in paths:
-        network = open_network(path)
+        network = open_network(path, RUNTIMES[first])
         size = cli.network_size(network, side)
         if network.is_fixed and size != network.size:
             raise DataError(f"{path}: takes {network.size[1]}x{network.size[0]} alone (give no --img-size)")
         x = torch.rand(batch, network.channels, *size, generator=torch.Generator().manual_seed(0))  # [B, C, H, W]
+        kind = arithmetic(network)
         if isinstance(network, OnnxNetwork):
-            entries.append(Entry(path, "onnx", network, x))
+            entries.append(Entry(path, first, kind, network, x))
+            entries += [
+                Entry(path, backend, kind, OnnxNetwork(path, runtime=RUNTIMES[backend]), x) for backend in others
+            ]
             continue
         for backend in backends:
             form = torch.channels_last if backend == "fused" else torch.contiguous_format
-            entries.append(Entry(path, backend, BACKENDS[backend](network, path), x.contiguous(memory_format=form)))
+            entries.append(
+                Entry(path, backend, kind, BACKENDS[backend](network, path), x.contiguous(memory_format=form))
+            )
     return entries
 
 
@@ -97,6 +124,7 @@ def measure(entries: Sequence[Entry], rounds: int) -> list[dict[str, Any]]:
         {
             "network": entry.name,
             "backend": entry.backend,
+            "arithmetic": entry.arithmetic,
             "size": list(entry.x.shape[2:]),
             "batch": len(entry.x),
             "threads": torch.get_num_threads(),
@@ -112,11 +140,11 @@ def measure(entries: Sequence[Entry], rounds: int) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay the rows out."""
     width = max(len("network"), *(len(row["network"]) for row in rows))
-    lines = [f"{'network':<{width}}  {'backend':<8}{'size':>9}{'ms':>10}{'±':>8}{'× first':>9}"]
+    lines = [f"{'network':<{width}}  {'backend':<10}{'arithmetic':<11}{'size':>9}{'ms':>10}{'±':>8}{'× first':>9}"]
     for row in rows:
         size = f"{row['size'][1]}x{row['size'][0]}"
         numbers = f"{row['median_ms']:10.2f}{row['spread_ms']:8.2f}{row['ratio']:9.2f}"
-        lines.append(f"{row['network']:<{width}}  {row['backend']:<8}{size:>9}{numbers}")
+        lines.append(f"{row['network']:<{width}}  {row['backend']:<10}{row['arithmetic']:<11}{size:>9}{numbers}")
     batch, threads, count = (rows[0][key] for key in ("batch", "threads", "rounds"))
     lines.append(f"batch {batch}, {threads} CPU threads; medians and quartile spreads of {count} timings in turn")
     return "\n".join(lines)
@@ -127,7 +155,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help=".cfg (fresh weights), .pt or .onnx")
     parser.add_argument(
-        "--backends", nargs="+", choices=tuple(BACKENDS), help="of a .cfg and a .pt (default: eager fused onnx)"
+        "--backends",
+        nargs="+",
+        choices=tuple(BACKENDS),
+        help="eager and fused are PyTorch's, for a .cfg and a .pt (default: eager fused onnx)",
     )
     parser.add_argument("--img-size", type=cli.side, help="longer side in pixels (default: as in each file)")
     parser.add_argument("--batch-size", type=cli.positive, default=1, help="pictures a call (default: 1)")
@@ -147,10 +178,10 @@ def rounds(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m utils.benchmark`."""
     args = parse_args(argv)
-    backends = args.backends or list(BACKENDS)
-    if "onnx" in backends and any(Path(path).suffix != ".onnx" for path in args.files):
+    backends = args.backends or DEFAULT
+    for backend in [each for each in backends if each in RUNTIMES]:
         require("onnx")
-        require("onnxruntime")
+        require(RUNTIMES[backend])
     rows = measure(make_entries(args.files, backends, side=args.img_size, batch=args.batch_size), args.rounds)
     log.info(table(rows))
     if args.json:

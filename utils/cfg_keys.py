@@ -76,8 +76,8 @@ HEAD = {
 
 GATE = {"se": "hidden channels of squeeze and excitation; 0: none", "gate": "activation of its gate"}
 QUANTISED = dict.fromkeys(
-    ("w_bits", "a_bits", "a_range"),
-    "as in `[quan_convolutional]`, which the convolutions are where one of the three is written",
+    ("w_bits", "a_bits", "method", "symmetric", "a_range"),
+    "as in `[quan_convolutional]`, which the convolutions are where one of the five is written",
 )
 BLOCK = {
     "filters": "output channels",
@@ -120,7 +120,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("binary", "xnor"), "0; `w_bits=1` and `a_bits=1` are what it has instead"),
         "w_bits": "bits of the weights, 1 to 16; 32: floating point",
         "a_bits": "bits of the inputs, 1 to 16; 32: floating point",
-        "a_range": "value at which the inputs saturate; negative ones become 0",
+        "a_range": "value at which the inputs saturate, with `lsq` and `iao` until training has seen a batch; without"
+        " `symmetric` negative ones become 0, but in a range that `iao` has seen",
+        "method": "how the grids are found: fixed, by learned steps, or from the ranges seen"
+        " ([quantisation.md](quantisation.md)); `iao` in `[IAO_convolutional]`",
+        "symmetric": "1: inputs may be negative, on a grid around 0; of `lsq` and `iao`",
     },
     "connected": {
         "output": "output channels",

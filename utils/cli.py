@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from models import CfgError, Darknet, WeightsError, load_cfg
+from models.grid import FLOAT_BITS, MAX_BITS
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
 
 from . import dist
@@ -20,6 +21,7 @@ from .log import DataError, log, start_logging
 from .network import Network
 
 BEST = "weights/best.pt"
+RUNTIMES = ("onnxruntime", "openvino")
 MAX_SIDE = 16384  # pixels of a network input
 
 
@@ -94,6 +96,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_training: bool = Fals
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument("--device", default="", help="cpu or a GPU's number (default: the first GPU, else cpu)")
+
+
+def add_runtime_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --runtime."""
+    parser.add_argument("--runtime", choices=RUNTIMES, help="what computes an .onnx (default: onnxruntime)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, is_training: bool = False) -> None:
@@ -240,6 +247,14 @@ def batch_size(text: str) -> int | str:
 def natural(text: str) -> int:
     """Read an integer of at least 0 (for argparse)."""
     return _bounded(int, text, 0, 10**9)
+
+
+def bits(text: str) -> int:
+    """Read the bits of a quantiser (for argparse); 32 is floating point."""
+    value = _bounded(int, text, 1, FLOAT_BITS)
+    if MAX_BITS < value < FLOAT_BITS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {MAX_BITS}, or {FLOAT_BITS} for floating point, gets {text}")
+    return value
 
 
 def side(text: str) -> int:

@@ -17,15 +17,20 @@ from torch import Tensor
 
 from models import Darknet, dump, save_weights
 from models.layers import OWN
-from models.quant import QuantConv2d
+from models.packing import pack_weight
+from models.quant import BYTE_BITS, QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
-from . import cli
-from .int8 import compare, quantise, table
+from . import cli, integer, ptq
+from .bench import spread
+from .calibration import inputs
+from .int8 import compare, seal, table
+from .integer_plan import Plan, make_plan
 from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
 from .onnx_heads import write_decode, write_nms
+from .onnx_integer import IntegerWriter
 from .onnx_layers import IMAGES, write_layers
 from .onnx_metadata import DECODED, DETECTED, RAW, Metadata
 from .optional import require
@@ -34,15 +39,20 @@ FORMATS = {"onnx": ".onnx", "weights": ".weights", "pt": ".pt", "darknet": ".cfg
 BOUND = 1e-4  # of the largest value: what FP32 may differ by
 
 
-def make_onnx(model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None) -> tuple[Any, bytes]:
+def make_onnx(
+    model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None, plan: Plan | None = None
+) -> tuple[Any, bytes]:
     """Give the ONNX model of `model`, its batch normalisation folded, and its bytes.
 
     `metadata.outputs` says what it puts out; the batch is free, and the size unless `metadata.is_fixed`. `nms` are the
-    limits of write_nms. Raises DataError.
+    limits of write_nms. With a `plan` an unfused network's quantised convolutions are integer ones. Raises DataError.
     """
     graph = Graph()
     with torch.inference_mode():
-        raws = write_layers(graph, model if model.is_fused else model.fuse())
+        if plan:
+            raws = IntegerWriter(graph, model, plan).write()
+        else:
+            raws = write_layers(graph, model if model.is_fused else model.fuse())
         sides = metadata.size if metadata.is_fixed else ("height", "width")
         outputs = {raw: ["batch", graph.shapes[raw][0], f"{raw}_height", f"{raw}_width"] for raw in raws}
         if metadata.outputs != RAW:
@@ -136,17 +146,21 @@ def make_int8(
 ) -> tuple[bytes, Metadata]:
     """Give the integer form of an ONNX model and say what it costs. Raises DataError."""
     model, source = detector.model, detector.data
-    if bits(model):
-        raise DataError(f"--int8: {model.cfg.path} has quantised convolutions of its own (--int8 is for float ones)")
     if source is None or source.train is None:
         raise DataError("--int8: needs pictures to calibrate with (give a --data with train=)")
     train = check_labels(source.train, len(source.names))
-    quantised, described = quantise(
-        graph, model, metadata, train, images=args.calibrate, reduce_range=args.reduce_range
-    )
+    if not bits(model):
+        return ptq.quantise(args, detector, graph, data, metadata, train)
+    if given := ptq.given_flags(args):
+        raise DataError(f"{given[0]}: is for float networks ({model.cfg.path} says itself what is quantised)")
+    pictures = inputs(spread(train, args.calibrate), model.channels, metadata.size)
+    plan = make_plan(model, map(torch.from_numpy, pictures), reduce_range=args.reduce_range)
+    quantised, metadata = seal(make_onnx(model, metadata, plan=plan)[0], metadata)
+    for line in integer.explain(model, plan, quantised):
+        log.info(line)
     valid = check_labels(source.valid, len(source.names)) if source.valid else None
-    log.info(table(compare({"FP32": data, "INT8": quantised}, valid, detector.names, metadata.size)))
-    return quantised, described
+    log.info(table(compare({"simulated": data, "INT8": quantised}, valid, detector.names, metadata.size)))
+    return quantised, metadata
 
 
 def write_weights(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -158,7 +172,18 @@ def write_checkpoint(args: argparse.Namespace, detector: cli.Detector, path: Pat
     """Write a checkpoint that describes itself. Raises WeightsError."""
     model, data = detector.model, detector.data.path if detector.data else ""
     described = {"cfg": dump(model.cfg), "cfg_path": model.cfg.path, "names": list(detector.names), "data": data}
-    save_checkpoint(path, described | {"model": model.state_dict()})
+    state, packed = dict(model.state_dict()), {}
+    for name, module in model.named_modules():
+        found = pack_weight(module) if args.packed and isinstance(module, QuantConv2d) else None
+        if found:
+            packed[f"{name}.weight"] = found
+            del state[f"{name}.weight"]
+    if args.packed and not packed:
+        raise DataError(f"--packed: {model.cfg.path} has no quantised convolution of 1 to {BYTE_BITS} bits")
+    save_checkpoint(path, described | {"model": state} | ({"packed": packed} if packed else {}))
+    if packed:
+        whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+        log.info("packed %d convolutions: a file of %d bytes for %d of float", len(packed), path.stat().st_size, whole)
 
 
 def write_darknet(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
@@ -208,6 +233,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
     )
+    ptq.add_flags(parser)
+    parser.add_argument("--packed", action="store_true", help="a .pt whose quantised weights take as many bits as said")
     args = parser.parse_args(argv)
     by_suffix = {suffix: name for name, suffix in FORMATS.items()}
     suffix = Path(args.output).suffix
@@ -217,13 +244,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
     is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
     is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
-    idle = [flag for flag, value in is_set.items() if value]
+    int8_flags = ptq.given_flags(args)
+    idle = [flag for flag, value in is_set.items() if value] + int8_flags
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
+    if args.packed and args.format != "pt":
+        parser.error("argument --packed: goes with --format pt alone")
     if args.int8 and args.nms:
         parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
-    if args.reduce_range and not args.int8:
-        parser.error("argument --reduce-range: goes with --int8 alone")
+    int8_flags += ["--reduce-range"] if args.reduce_range else []
+    if int8_flags and not args.int8:
+        parser.error(f"argument {int8_flags[0]}: goes with --int8 alone")
     return args
 
 

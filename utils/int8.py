@@ -4,11 +4,11 @@ Activations are uint8 with one scale a map, from calibration pictures; weights a
 channel. The convolution before each head stays FP32, as does what ONNX Runtime has no integer kernel for.
 """
 
-import contextlib
-import logging
+import copy
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +17,19 @@ import torch
 
 from models import Darknet
 
-from .bench import spread
-from .datasets import Pictures, evaluation_batches, make_loader
+from .calibration import KINDS, calibrate, quiet
 from .device import CPU
 from .evaluate import Settings, evaluate
 from .labels import Labelled
 from .log import DataError
-from .onnx_layers import IMAGES
 from .onnx_metadata import Metadata
 from .optional import require
 from .runtime import OnnxNetwork
+from .scores import Evaluation
 from .timing import Timing, summarise, time_in_turn
 
-# What has an integer kernel, or only moves numbers. Mish, HardSwish and HardSigmoid have none and run in FP32.
-KINDS = "Conv MaxPool Resize Concat Add Mul Sigmoid LeakyRelu Relu Slice Gather GlobalAveragePool".split()
 MEANS = {"@.5": "map50", "@.5:.95": "map50_95"}
+FLOATS = ("Conv", "FusedConv")  # what computes a convolution in floating point
 
 
 class Form(NamedTuple):
@@ -44,75 +42,121 @@ class Form(NamedTuple):
     timing: Timing
 
 
-class Reader:
-    """Calibration pictures, one a step, as quantize_static asks for them."""
+class Group(NamedTuple):
+    """A layer that convolves, and the names of its nodes and of those behind it, up to the next such layer."""
 
-    def __init__(self, labelled: Labelled, channels: int, size: tuple[int, int]) -> None:
-        pictures = Pictures(labelled, channels)
-        keys = evaluation_batches(labelled.sizes, 1, size, 1, is_rectangular=False)
-        self.batches: Iterator[Any] = iter(make_loader(pictures, keys, workers=0))
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self.batches, None)
-        if batch is None:
-            return None
-        if batch.problem:
-            raise DataError(batch.problem)
-        return {IMAGES: (batch.pictures.float() / 255).numpy()}
+    layer: int
+    nodes: tuple[str, ...]
 
 
-def quantise(
-    graph: Any, model: Darknet, metadata: Metadata, labelled: Labelled, *, images: int, reduce_range: bool = False
-) -> tuple[bytes, Metadata]:
-    """Give the bytes of the integer form of an ONNX model of make_onnx, and what it says of itself.
+@dataclass(frozen=True)
+class Calibrated:
+    """An ONNX model of make_onnx with the ranges of its maps, and the groups that may compute in integers."""
 
-    `images` pictures, spread over all, calibrate it. Raises DataError where no convolution would compute in integers,
-    so that nothing is called INT8 that is not.
-    """
-    onnx, quantization = require("onnx"), require("onnxruntime.quantization")
+    graph: Any
+    ranges: Any
+    groups: tuple[Group, ...]
+    reduce_range: bool
+
+    def quantise(self, layers: Collection[int]) -> Any:
+        """Give the ONNX model with the groups of these layers in integers."""
+        quantization = require("onnxruntime.quantization")
+        names = [name for group in self.groups if group.layer in layers for name in group.nodes]
+        if not names:  # which QDQQuantizer would take for all
+            return copy.deepcopy(self.graph)
+        with quiet():
+            quantizer = quantization.qdq_quantizer.QDQQuantizer(
+                copy.deepcopy(self.graph),
+                per_channel=True,
+                reduce_range=self.reduce_range,
+                weight_qType=quantization.QuantType.QInt8,
+                activation_qType=quantization.QuantType.QUInt8,
+                tensors_range=self.ranges,
+                nodes_to_quantize=names,
+                nodes_to_exclude=[],
+                op_types_to_quantize=KINDS,
+                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+            )
+            quantizer.quantize_model()
+        return quantizer.model.model
+
+
+def prepare(
+    graph: Any, model: Darknet, pictures: Iterator[np.ndarray], *, method: str, reduce_range: bool = False
+) -> Calibrated:
+    """Calibrate an ONNX model of make_onnx on pictures by a method of calibration.METHODS. Raises DataError."""
+    tools = require("onnxruntime.quantization").quant_utils
+    ranges = calibrate(graph, pictures, method)
+    inferred = tools.save_and_reload_model_with_shape_infer(graph)
+    return Calibrated(inferred, ranges, tuple(split(graph, model)), reduce_range)
+
+
+def split(graph: Any, model: Darknet) -> list[Group]:
+    """Give the groups of an ONNX model of make_onnx; the convolutions before heads and the decoding are in none."""
     ends = [place for place, node in enumerate(graph.graph.node) if node.output[0].startswith("raw_")]
-    layers = [node.name for node in graph.graph.node[: max(ends)]]  # decoding stands behind them
-    float_layers = tuple(f"{index}/" for spec in model.heads for index in model.layers[spec.layer].inputs)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        path = Path(folder) / "int8.onnx"
-        quantization.quantize_static(
-            graph,
-            path,
-            Reader(spread(labelled, images), model.channels, metadata.size),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=KINDS,
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_quantize=[name for name in layers if not name.startswith(float_layers)],
-            extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
-        )
-        quantised = onnx.load(path)
+    heads = {index for spec in model.heads for index in model.layers[spec.layer].inputs}
+    nodes = [(layer_of(node.name), node) for node in graph.graph.node[: max(ends)] if not node.name.startswith("raw_")]
+    convolve = {layer for layer, node in nodes if node.op_type == "Conv"} - heads
+    groups: dict[int, list[str]] = {}
+    current = min(convolve, default=0)
+    for layer, node in nodes:
+        if layer in heads:
+            continue
+        current = layer if layer in convolve else current
+        groups.setdefault(current, []).append(node.name)
+    return [Group(layer, tuple(names)) for layer, names in groups.items()]
+
+
+def layer_of(node: str) -> int:
+    """Give the number of the layer that a node of make_onnx belongs to."""
+    return int(node.partition("/")[0])
+
+
+def beside(node: Any, other: Any) -> list[str]:
+    """Give the operator of `other` where one of both reads the other."""
+    return [other.op_type] if node.output[0] in other.input or other.output[0] in node.input else []
+
+
+def explain(data: bytes, calibrated: Calibrated, kept: Mapping[int, str]) -> dict[str, list[str]]:
+    """Give the names of the float convolutions of an integer form, by the reason: `kept` has those of its layers."""
+    nodes = {node.name: node for node in calibrated.graph.graph.node}
+    grouped = {name for group in calibrated.groups for name in group.nodes}
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(float_convolutions(data), key=layer_of):
+        around = {kind for node in nodes.values() for kind in beside(nodes[name], node)}
+        alien = f": beside it {', '.join(sorted(around - {*KINDS}))}" if around - {*KINDS} else ""
+        reason = kept.get(layer_of(name), f"no integer kernel{alien}") if name in grouped else "before a head"
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def seal(quantised: Any, metadata: Metadata) -> tuple[bytes, Metadata]:
+    """Give the bytes of an integer form, and what it says of itself.
+
+    Raises DataError where no convolution of it computes in integers, so that nothing is called INT8 that is not.
+    """
     integer, convolutions = count_integer(quantised.SerializeToString())
     if not integer:
         raise DataError(f"{metadata.cfg_path}: no convolution of it runs in integers here (nothing is written)")
     metadata = replace(metadata, arithmetic=f"INT8, {integer} of {convolutions} convolutions in integers")
-    onnx.helper.set_model_props(quantised, metadata.pack())
+    require("onnx").helper.set_model_props(quantised, metadata.pack())
     return quantised.SerializeToString(), metadata
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep off the log ONNX Runtime's advice to optimise first: batch normalisation is folded already.
-
-    It goes to the root logger, which would make itself a handler for it, and tell our lines a second time.
-    """
-    silent = logging.NullHandler()
-    logging.root.addHandler(silent)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(silent)
 
 
 def count_integer(data: bytes) -> tuple[int, int]:
     """Count the convolutions that ONNX Runtime runs as QLinearConv after its optimisation, and all of them."""
+    kinds = Counter(kind for _, kind in optimised(data))
+    integer = kinds["QLinearConv"]
+    return integer, integer + sum(kinds[kind] for kind in FLOATS)
+
+
+def float_convolutions(data: bytes) -> list[str]:
+    """Name the convolutions that ONNX Runtime runs in floating point after its optimisation."""
+    return [name for name, kind in optimised(data) if kind in FLOATS]
+
+
+def optimised(data: bytes) -> list[tuple[str, str]]:
+    """Give the names and operators of the nodes that ONNX Runtime makes of an .onnx on this machine."""
     runtime, onnx = require("onnxruntime"), require("onnx")
     with tempfile.TemporaryDirectory() as folder:
         options = runtime.SessionOptions()
@@ -120,9 +164,7 @@ def count_integer(data: bytes) -> tuple[int, int]:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 3
         runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    integer = kinds.count("QLinearConv")
-    return integer, integer + kinds.count("Conv") + kinds.count("FusedConv")
+        return [(node.name, node.op_type) for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
 def compare(
@@ -132,13 +174,18 @@ def compare(
     networks = [OnnxNetwork(name, data) for name, data in files.items()]
     x = torch.rand(1, networks[0].channels, *size, generator=torch.Generator().manual_seed(0))
     spent = time_in_turn([lambda network=network: network(x) for network in networks])
-    settings = Settings(size, is_rectangular=not networks[0].is_fixed)
     forms = []
     for network, data, ms in zip(networks, files.values(), spent, strict=True):
-        found = evaluate(network, labelled, names, settings, device=CPU)[0] if labelled else None
+        found = judge(network, labelled, names) if labelled else None
         judged = (found.map50, found.map50_95) if found else (None, None)
         forms.append(Form(network.path, len(data), *judged, summarise(ms)))
     return forms
+
+
+def judge(network: OnnxNetwork, labelled: Labelled, names: tuple[str, ...]) -> Evaluation:
+    """Test a network on pictures."""
+    settings = Settings(network.size, is_rectangular=not network.is_fixed)
+    return evaluate(network, labelled, names, settings, device=CPU)[0]
 
 
 def table(forms: list[Form]) -> str:

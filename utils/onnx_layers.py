@@ -1,6 +1,7 @@
 """What every module of a fused network is in ONNX's operators: a table, and one short function a module."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from models.layers_dense import Connected
 from models.layers_head import Softmax
 from models.layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from models.layers_pool import Activation, Blur, Crop, LocalAvgPool, MaxPool, Reorg, Reorg3d
-from models.quant import FLOAT_BITS, QuantConv2d, quantize_weight
+from models.quant import FLOAT_BITS, QuantConv2d
 
 from .onnx_activations import ACTIVATIONS
 from .onnx_graph import Graph
@@ -30,10 +31,15 @@ def write_layers(g: Graph, model: Darknet) -> list[str]:
         g.prefix = f"{index}/"
         outputs[index] = write(g, block, *(outputs[i] for i in layer.inputs))
         g.shapes[outputs[index]] = layer.channels, *layer.size
+    return name_raws(g, model, outputs.__getitem__)
+
+
+def name_raws(g: Graph, model: Darknet, output: Callable[[int], str]) -> list[str]:
+    """Give what a network's forward returns the names raw_N; `output` tells that of layer N until then."""
     kept = [spec.layer for spec in model.heads] or [len(model.layers) - 1]
     g.prefix = ""
-    raws = {index: g.op("Identity", outputs[index], output=f"raw_{index}") for index in kept}
-    g.shapes |= {raw: g.shapes[outputs[index]] for index, raw in raws.items()}
+    raws = {index: g.op("Identity", output(index), output=f"raw_{index}") for index in kept}
+    g.shapes |= {raw: g.shapes[output(index)] for index, raw in raws.items()}
     return [*raws.values()]
 
 
@@ -52,13 +58,16 @@ def conv(g: Graph, m: nn.Conv2d, x: str) -> str:
 
 
 def quant_conv(g: Graph, m: QuantConv2d, x: str) -> str:
-    """Write DoReFa's quantisers as they train: numbers on a grid, computed in floating point."""
-    if m.grid.a_bits != FLOAT_BITS:
+    """Write the quantisers as they train: numbers on a grid, computed in floating point."""
+    assert m.is_baked, "the weights of a fused network are on their grid"
+    if m.grid.a_bits != FLOAT_BITS and m.grid.method == "dorefa":
         n = float(2**m.grid.a_bits - 1)
         share = g.op("Clip", g.op("Div", x, float(m.grid.a_range)), 0.0, 1.0)
         x = g.op("Div", g.op("Round", g.op("Mul", share, n)), n)
-    w = m.weight if m.is_baked else quantize_weight(m.weight, m.grid.w_bits)
-    return _conv(g, x, w, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    elif m.grid.a_bits != FLOAT_BITS:
+        step, low, high = map(float, m.input_grid())
+        x = g.op("Mul", g.op("Round", g.op("Clip", g.op("Div", x, step), low, high)), step)
+    return _conv(g, x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
 
 
 def binary_conv(g: Graph, m: BinaryConv2d, x: str) -> str:
@@ -212,8 +221,15 @@ def _conv(
     groups: int,
 ) -> str:
     operands = (x, weight) if bias is None else (x, weight, bias)
-    window = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
-    return g.op("Conv", *operands, kernel_shape=list(weight.shape[2:]), **window)
+    return g.op("Conv", *operands, **window(weight.shape[2:], stride, padding, dilation, groups))
+
+
+def window(
+    size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> dict[str, Any]:
+    """Give the attributes of a Conv node."""
+    sides = {"kernel_shape": size, "strides": stride, "pads": [*padding, *padding], "dilations": dilation}
+    return {name: list(values) for name, values in sides.items()} | {"group": groups}
 
 
 def _spread(g: Graph, x: str, channels: int, step: int) -> str:

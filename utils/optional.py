@@ -12,4 +12,5 @@ def require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise DataError(f"{package}: is not installed, and this needs it (pip install onnx onnxruntime)") from None
+        wanted = "openvino" if package == "openvino" else "onnx onnxruntime"
+        raise DataError(f"{package}: is not installed, and this needs it (pip install {wanted})") from None

@@ -1,9 +1,11 @@
-"""Networks that ONNX Runtime computes, as test.py and detect.py take them in place of PyTorch's."""
+"""Networks that ONNX Runtime or OpenVINO computes, as test.py and detect.py take them in place of PyTorch's."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,29 +17,22 @@ from .onnx_layers import IMAGES
 from .onnx_metadata import DECODED, DETECTED, unpack
 from .optional import require
 
+Run: TypeAlias = Callable[[np.ndarray], list[np.ndarray]]  # the input [B, C, H, W] to the outputs
+
 
 class OnnxNetwork:
-    """An .onnx of utils.export in ONNX Runtime, on the CPU, with as many threads as PyTorch has.
+    """An .onnx of utils.export on the CPU, with as many threads as PyTorch has, in ONNX Runtime or in OpenVINO.
 
     It has the members of Network (utils/network.py). Its arithmetic and its place are the file's: `fuse`, `eval` and
     `to` change nothing. `data` are the bytes of a file that is not written. Raises DataError where the file is no such
     network.
     """
 
-    def __init__(self, path: str | Path, data: bytes | None = None) -> None:
-        runtime = require("onnxruntime")
+    def __init__(self, path: str | Path, data: bytes | None = None, *, runtime: str = "onnxruntime") -> None:
         if data is None and not Path(path).is_file():
             raise DataError(f"{path}: cannot read the network: there is no such file")
-        options = runtime.SessionOptions()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # between two calls others compute
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors, which are raised as well
-        try:
-            self.session = runtime.InferenceSession(data or str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its classes have no base of their own
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{path}: is not an .onnx that ONNX Runtime loads: {reason}") from None
-        self.metadata = unpack(self.session.get_modelmeta().custom_metadata_map, str(path))
+        properties, self.run = RUNTIMES[runtime](str(path), data)
+        self.metadata = unpack(properties, str(path))
         self.path, self.size, self.channels = str(path), self.metadata.size, self.metadata.channels
         self.stride, self.heads, self.is_fixed = self.metadata.stride, self.metadata.heads, self.metadata.is_fixed
 
@@ -53,7 +48,7 @@ class OnnxNetwork:
         """Run pictures [B, channels, H, W] in 0..1. Raises DataError where the file takes another size alone."""
         if self.is_fixed and tuple(x.shape[2:]) != self.size:
             raise DataError(f"{self.path}: takes {_sides(self.size)} alone, gets {_sides(x.shape[2:])}")
-        outputs = self.session.run(None, {IMAGES: x.float().cpu().contiguous().numpy()})
+        outputs = self.run(x.float().cpu().contiguous().numpy())
         return [torch.from_numpy(output).to(x.device) for output in outputs]
 
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -72,6 +67,53 @@ class OnnxNetwork:
         return self
 
 
+def in_onnxruntime(path: str, data: bytes | None) -> tuple[Mapping[str, str], Run]:
+    """Load an .onnx, or the bytes of one, in ONNX Runtime; give its properties and what runs it. Raises DataError."""
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between two calls others compute
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised as well
+    try:
+        session = runtime.InferenceSession(data or path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no base of their own
+        raise _not_loaded(path, "ONNX Runtime", error) from None
+    return session.get_modelmeta().custom_metadata_map, lambda x: session.run(None, {IMAGES: x})
+
+
+def in_openvino(path: str, data: bytes | None) -> tuple[Mapping[str, str], Run]:
+    """Load an .onnx, or the bytes of one, in OpenVINO; give its properties and what runs it. Raises DataError."""
+    openvino, onnx = require("openvino"), require("onnx")
+    data = data or Path(path).read_bytes()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # else it takes bf16 where the processor has it
+    }
+    try:
+        graph = onnx.load_from_string(data)  # OpenVINO does not tell the properties
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(data), "CPU", settings)
+    except Exception as error:  # of onnx and of OpenVINO, without a common base
+        raise _not_loaded(path, "OpenVINO", error) from None
+    request = compiled.create_infer_request()
+
+    def run(x: np.ndarray) -> list[np.ndarray]:
+        found = request.infer({IMAGES: x}, share_inputs=True)
+        return [found[output].copy() for output in compiled.outputs]
+
+    return {each.key: each.value for each in graph.metadata_props}, run
+
+
+def _not_loaded(path: str, runtime: str, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(f"{path}: is not an .onnx that {runtime} loads: {reason}")
+
+
+RUNTIMES = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
 def open_detector(args: argparse.Namespace, *, names: str = "") -> cli.Detector:
     """Load what --weights names: an .onnx, or else what cli.open_detector loads, with its errors.
 
@@ -79,15 +121,18 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> cli.Detector:
     """
     weights = cli.find_weights(args)
     if Path(weights).suffix != ".onnx":
+        if args.runtime:
+            raise DataError(f"--runtime {args.runtime}: computes an .onnx, and {weights} is none (export it)")
         return cli.open_detector(args, names=names)
-    network = OnnxNetwork(weights)
+    runtime = args.runtime or "onnxruntime"
+    network = OnnxNetwork(weights, runtime=runtime)
     check_flags(args, network)
     carried = {"names": network.metadata.names, "data": network.metadata.data}
     data = cli.find_data(args, carried)
     named, source = cli.name_classes(args, data, carried, weights=weights, names=names)
     if len(named) != network.classes:
         raise DataError(f"{source}: names {len(named)} classes, but {weights} has {network.classes}")
-    log.info("%s in ONNX Runtime (%s): %d classes", weights, network.metadata.arithmetic, network.classes)
+    log.info("%s in %s (%s): %d classes", weights, TITLES[runtime], network.metadata.arithmetic, network.classes)
     if network.is_fixed and not args.stretch:
         log.info("it takes %s alone: every picture is padded to that", _sides(network.size))
     return cli.Detector(network, named, data, {})

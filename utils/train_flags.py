@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from models import Cfg
+from models.grid import is_quantised
 
 from . import cli, dist
 from .darknet_recipe import read_darknet_recipe
@@ -36,6 +37,8 @@ def parse_args(doc: str | None, argv: Sequence[str] | None, *, is_distilling: bo
     add("--multi-scale", action="store_true", help="draw a size between MIN and MAX for every batch")
     add("--rect", action="store_true", help="batches of like shapes, without mosaic")
     add("--cache-images", nargs="?", const="ram", choices=("ram", "disk"), help="keep decoded images (default: in ram)")
+    add("--w-bits", type=cli.bits, help="bits of the weights of all quantised convolutions (default: as in the cfg)")
+    add("--a-bits", type=cli.bits, help="bits of their inputs (default: as in the cfg)")
     add("--freeze", type=cli.natural, default=0, help="leave the first N layers as they are (default: 0)")
     add("--patience", type=cli.positive, help="stop after N epochs without a better mAP (default: never)")
     add("--compile", action="store_true", help="compile the network with torch.compile")
@@ -83,6 +86,21 @@ def restore_args(args: argparse.Namespace, resumed: dict[str, Any]) -> argparse.
         raise DataError(f"{args.resume}: was trained by {processes} processes, not {args.processes} (start as many)")
     changes = {"resume": args.resume, "workers": args.workers} | ({"device": args.device} if args.device else {})
     return argparse.Namespace(**vars(args) | resumed["settings"] | changes)  # a flag newer than the run is not set
+
+
+def set_bits(cfg: Cfg, args: argparse.Namespace) -> Cfg:
+    """Write --w-bits and --a-bits into every quantised section of a cfg. Raises DataError where it has none."""
+    bits = {key: value for key, value in (("w_bits", args.w_bits), ("a_bits", args.a_bits)) if value}
+    quantised = [section for section in cfg.sections if is_quantised(section)]
+    if bits and not quantised:
+        raise DataError(
+            f"{cfg.path}: has no [quan_convolutional] for --w-bits and --a-bits (docs/quantisation.md turns a float cfg"
+            " into one)"
+        )
+    for section in quantised:
+        for key, value in bits.items():
+            section.set(key, value)
+    return cfg
 
 
 def make_recipe(args: argparse.Namespace, cfg: Cfg, resumed: dict[str, Any]) -> AnyRecipe:

@@ -1,0 +1,165 @@
+"""Integers on real data: speed of INT8 beside FP32, and what post-training quantisation and DoReFa cost in mAP.
+
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.int8
+
+GhostNet-YOLOv3 and slim-m of the zoo (benchmarks/zoo.py) on BCCD: quantised after training, and trained on with DoReFa
+at 8, 4 and 2 bits by the short protocol (protocol.py) from the float weights; then the speed of GhostNet-YOLOv3 and of
+its pruned form (benchmarks/slimming.py) at 416x416. Writes benchmarks/int8.md and .json; its six trainings are about a
+third of those of benchmarks/zoo.py. What is done stays in runs/int8, and a second call goes on from there. `--only
+light` does slim-m alone, `--only speed` the speed, and neither writes a report; `--rounds` and `--calibrate` make a
+quick check of it.
+"""
+
+import argparse
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bccd import write_bccd
+from benchmarks.protocol import PROTOCOLS, run_protocol
+from benchmarks.report import make_table, write_report
+from benchmarks.zoo import LIGHT, NETWORKS
+from utils.benchmark import Entry, make_entries, measure
+from utils.cli import positive
+from utils.compose import compose, make_compose_parser
+
+COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.int8"
+WORK = Path("runs/int8")
+GHOST, PRUNED = "ghostnet-yolov3", Path("runs/slimming/ghostnet-yolov3-tuned/last.pt")
+BITS = (8, 4, 2)  # of weights and activations
+EPOCHS = {LIGHT: 30, GHOST: 10}
+SIDE, ROUNDS = 416, 40  # of the comparison of speed
+MAX_DROP = 0.003  # of mAP@.5 by the form that the summary is of
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Quantise, train, export, test, time, report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=("light", "speed"), help="one part, without a report")
+    parser.add_argument("--rounds", type=positive, default=ROUNDS)
+    parser.add_argument("--calibrate", type=positive, default=292)
+    args = parser.parse_args(argv)
+    WORK.mkdir(parents=True, exist_ok=True)
+    data = write_bccd(Path("runs/bccd"))
+    names = {"light": [LIGHT], "speed": [], None: [GHOST, LIGHT]}[args.only]
+    rows = [row for name in names for row in compare_forms(name, data, args)]
+    speeds = [] if args.only == "light" else compare_speed(data, args)
+    if args.only:
+        print(make_table(rows + speeds))
+        return
+    write(rows, speeds)
+
+
+def compare_forms(name: str, data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Give a row for every form of a network: mAP, size and latency at the size it was trained at."""
+    weights = Path(f"runs/zoo/{name}/last.pt")
+    files = {"float": export(weights, f"{name}-float"), "PTQ": quantise(weights, f"{name}-ptq", data, args)}
+    for bits in BITS:
+        cfg, run = write_quantised(name, bits, data), f"int8/{name}-{bits}"
+        run_protocol(run, "short", cfg, data, flags=["--weights", str(weights)], epochs=EPOCHS[name])
+        files[f"DoReFa {bits}/{bits}"] = quantise(Path("runs", run, "last.pt"), f"{name}-{bits}", data, args)
+    entries = make_entries([str(file) for file in files.values()], ["onnx"], side=None, batch=1)
+    timed = measure(entries, args.rounds)
+    rows = []
+    for (form, file), speed in zip(files.items(), timed, strict=True):
+        figures = test(file, data)
+        rows.append(row(name, form, speed) | {"mAP@.5": figures["map50"], "mAP@.5:.95": figures["map50_95"]})
+        rows[-1]["MB"] = file.stat().st_size / 1e6
+    return rows
+
+
+def compare_speed(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time GhostNet-YOLOv3 and its pruned form, FP32 and INT8, all in turn."""
+    weights = Path(f"runs/zoo/{GHOST}/last.pt")
+    runtimes = ["onnx", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
+    trained = Path(f"runs/int8/{GHOST}-8/last.pt")
+    dorefa = {"DoReFa 8/8": quantise(trained, f"{GHOST}-8", data, args)} if trained.exists() else {}
+    plan: list[tuple[str, str, Path, list[str]]] = [
+        (GHOST, "float", weights, ["eager", "fused", *runtimes]),
+        (GHOST, "PTQ", quantise(weights, f"{GHOST}-ptq", data, args), runtimes),
+        *((GHOST, form, file, runtimes) for form, file in dorefa.items()),
+        ("pruned", "float", PRUNED, ["eager", *runtimes]),
+        ("pruned", "PTQ", quantise(PRUNED, "pruned-ptq", data, args), runtimes),
+    ]
+    named: list[tuple[str, str]] = []
+    entries: list[Entry] = []
+    for network, form, file, backends in plan:
+        entries += make_entries([str(file)], backends, side=SIDE, batch=1)
+        named += [(network, form)] * len(backends)
+    return [row(*name, speed) for name, speed in zip(named, measure(entries, args.rounds), strict=True)]
+
+
+def row(network: str, form: str, speed: dict[str, Any]) -> dict[str, Any]:
+    """Give what all rows have in common, from a row of utils.benchmark."""
+    described = {"network": network, "form": form, "backend": speed["backend"], "side": speed["size"][0]}
+    return described | {"ms": speed["median_ms"], "± ms": speed["spread_ms"]}
+
+
+def write(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
+    """Write the report."""
+    ms = {(each["network"], each["form"], each["backend"]): each["ms"] for each in speeds}
+    forms = {each["form"]: each for each in rows if each["network"] == GHOST}
+    plain = forms["float"]
+    fit = [form for form in ("PTQ", "DoReFa 8/8") if plain["mAP@.5"] - forms[form]["mAP@.5"] <= MAX_DROP]
+    best = min(fit or ["PTQ"], key=lambda form: ms[GHOST, form, "onnx"])
+    summary = {
+        "form": best,
+        "speedup_vs_ort_fp32": ms[GHOST, "float", "onnx"] / ms[GHOST, best, "onnx"],
+        "speedup_vs_eager": ms[GHOST, "float", "eager"] / ms[GHOST, best, "onnx"],
+        "pruned_speedup_vs_eager": ms[GHOST, "float", "eager"] / ms["pruned", "PTQ", "onnx"],
+        "size_ratio": forms[best]["MB"] / plain["MB"],
+        "map50_drop": plain["mAP@.5"] - forms[best]["mAP@.5"],
+    }
+    epochs = ", ".join(f"{name} {count}" for name, count in EPOCHS.items())
+    text = f"""PTQ: python -m utils.export --int8 on the trained network. DoReFa b/b: its convolutions but the first and
+those before heads as [quan_convolutional] with w_bits=b and a_bits=b, trained on from the float weights by the short
+protocol (epochs: {epochs}; one seed), and exported as integers. mAP is the .onnx file's, on 72 test pictures of BCCD at
+{PROTOCOLS["short"].side}x{PROTOCOLS["short"].side}; its standard error is about 0.017, of a difference 0.003. Rows
+with mAP are timed at that size, a network in one run; those without at {SIDE}x{SIDE}, all in one run. Batch 1, medians
+and quartile spreads of timings in turn. pruned: {GHOST} of benchmarks/slimming.md, 5.9 M parameters."""
+    keys = ("network", "form", "backend", "side", "mAP@.5", "mAP@.5:.95", "MB", "ms", "± ms")
+    ordered = [{key: each[key] for key in keys if key in each} for each in rows + speeds]
+    write_report("int8", "Integers: speed and accuracy", text, COMMAND, ordered, summary)
+
+
+def write_quantised(name: str, bits: int, data: Path) -> Path:
+    """Compose a network of the zoo with quantised convolutions."""
+    target = WORK / f"{name}-{bits}.cfg"
+    flags = f"{NETWORKS[name]} --img-size {PROTOCOLS['short'].side} --quantize {bits} -o {target}"
+    args = make_compose_parser().parse_args([*shlex.split(flags), "--data", str(data)])
+    target.write_text(compose(args))
+    return target
+
+
+def export(weights: Path, name: str, *flags: object) -> Path:
+    """Export weights as runs/int8/`name`.onnx, unless that is done since they were written."""
+    file = WORK / f"{name}.onnx"
+    if not file.exists() or file.stat().st_mtime < weights.stat().st_mtime:
+        run("utils.export", "--weights", weights, "--output", file, *flags)
+    return file
+
+
+def quantise(weights: Path, name: str, data: Path, args: argparse.Namespace) -> Path:
+    """Export weights as integers."""
+    return export(weights, f"{name}-int8-{args.calibrate}", "--int8", "--data", data, "--calibrate", args.calibrate)
+
+
+def test(file: Path, data: Path) -> dict[str, Any]:
+    """Give the figures of test.py on a network."""
+    figures = file.with_suffix(".json")
+    run("test", "--weights", file, "--data", data, "--workers", 0, "--noplots", "--device", "cpu", "--json", figures)
+    return json.loads(figures.read_text())
+
+
+def run(module: str, *words: object) -> None:
+    command = ["test.py"] if module == "test" else ["-m", module]
+    subprocess.run([sys.executable, *command, *map(str, words)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What becomes of quantised convolutions in an .onnx: integer kernels that give the levels of the training."""
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from models import Darknet
+from models.cfg import parse
+from models.quant import ActivationGrid, start_steps
+from models.weights import save_checkpoint
+from utils.int8 import count_integer
+from utils.integer_plan import integer_conv, limits, make_plan
+from utils.onnx_graph import Graph
+from utils.onnx_integer import IntegerWriter, byte_levels, fold
+from utils.onnx_layers import IMAGES
+
+NET = "[net]\nwidth=64\nheight=64\nchannels=3\n"
+HEAD = "[yolo]\nmask=0,1\nanchors=8,8, 16,16\nclasses=4\n"
+
+
+def make(text: str) -> Darknet:
+    """Build a network whose statistics are those of noise and half of whose γ are negative."""
+    torch.manual_seed(0)
+    model = Darknet(parse(NET + text))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.weight.data.uniform_(-1.5, 1.5)
+            module.bias.data.uniform_(-0.5, 1.5)
+    start_steps(model, torch.rand(4, 3, 64, 64))
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.rand(4, 3, 64, 64))
+    return model.eval()
+
+
+def conv(filters: int, w_bits: int, a_bits: int, activation: str = "leaky", *keys: str) -> str:
+    lines = [f"w_bits={w_bits}", f"a_bits={a_bits}", f"filters={filters}", f"activation={activation}", "pad=1", *keys]
+    return "\n".join(["[quan_convolutional]", "batch_normalize=1", *lines, ""])
+
+
+def network(w: int, a: int, *keys: str) -> str:
+    """Give a cfg with all that a quantised map may pass on its way, and more keys for its quantised layers."""
+    text = "\n".join(
+        [
+            "[convolutional]\nbatch_normalize=1\nfilters=16\nsize=3\nstride=2\npad=1\nactivation=leaky",
+            conv(32, w, a, "leaky", "size=3"),  # 1
+            conv(32, w, a, "relu6", "size=3", "groups=32"),
+            "[maxpool]\nsize=2\nstride=2",
+            conv(16, w, a, "relu", "size=1"),
+            conv(16, w, a, "linear", "size=3", "stride=2"),  # 5
+            "[upsample]\nstride=2",
+            "[route]\nlayers=-1,-3",
+            "[channel_shuffle]\ngroups=2",
+            conv(32, w, a, "elu", "size=1", "groups=2"),
+            "[route]\nlayers=-1\ngroups=2\ngroup_id=1",  # 10
+            conv(16, w, a, "linear", "size=3"),
+            "[shortcut]\nfrom=4\nactivation=linear",
+            conv(16, w, a, "swish", "size=3"),
+            conv(16, w, a, "leaky", "size=3"),
+            "[convolutional]\nfilters=18\nsize=1\nactivation=linear",
+            HEAD,
+        ]
+    )
+    return text.replace("[quan_convolutional]", "\n".join(("[quan_convolutional]", *keys)))
+
+
+def write(model: Darknet, x: torch.Tensor) -> tuple[IntegerWriter, list[str], bytes]:
+    """Write a network's graph with the levels of all maps beside the raw heads."""
+    g = Graph()
+    writer = IntegerWriter(g, model, make_plan(model, [x]))
+    with torch.inference_mode():
+        raws = writer.write()
+    raw, _ = g.model({IMAGES: ["batch", 3, 64, 64]}, {raw: ["b", "c", "h", "w"] for raw in raws}, {})
+    for output in writer.levels.values():
+        raw.graph.output.append(g.onnx.helper.make_tensor_value_info(output, g.onnx.TensorProto.UINT8, None))
+    return writer, raws, raw.SerializeToString()
+
+
+DOREFA = [((), w, a) for w, a in ((1, 1), (1, 8), (2, 2), (3, 7), (4, 4), (7, 7), (7, 8), (7, 1))]
+LSQ, IAO, SYMMETRIC = "method=lsq", "method=iao", "symmetric=1"
+OTHERS = [
+    ((LSQ,), 1, 4),
+    ((LSQ,), 4, 4),
+    ((LSQ,), 8, 8),
+    ((LSQ, SYMMETRIC), 8, 8),
+    ((IAO,), 8, 8),
+    ((IAO, SYMMETRIC), 5, 6),
+]
+
+
+@pytest.mark.parametrize(("keys", "w", "a"), DOREFA + OTHERS)
+@torch.inference_mode()
+def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a: int) -> None:
+    model = make(network(w, a, *keys))
+    x = torch.rand(16, 3, 64, 64)
+    writer, _, data = write(model, x)
+    names = list(writer.levels.values())
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    found = dict(zip(names, map(torch.from_numpy, session.run(names, {IMAGES: x.numpy()})), strict=True))
+    compared = 0
+    for index, block in enumerate(model.blocks):
+        target = writer.plan.target(index)
+        if not integer_conv(block) or target is None or index in writer.plan.before:
+            continue
+        grid = block.conv.activation_grid()
+        levels = found[writer.levels[model.layers[index].inputs[0], grid]]
+        y = block((levels.double().float() - grid.zero) * grid.step)
+        wanted = (y / target.step + target.zero).clamp(0, target.top).round()
+        apart = (found[writer.levels[index, target]].float() - wanted).abs()
+        assert apart.max() <= 1
+        unit = (fold(block, 127)[1] * grid.value / target.step).mean()  # of the biases, in levels of the output
+        assert (apart > 0).float().mean() <= max(1e-3, unit)
+        assert len(wanted.unique()) > 1
+        compared += 1
+    assert compared >= (1 if keys else 4)  # where steps are learned readers rarely share one
+
+
+def test_integers_run_wherever_the_cfg_is_quantised() -> None:
+    model = make(network(7, 8))
+    x = torch.rand(2, 3, 64, 64)
+    _, raws, data = write(model, x)
+    assert count_integer(data) == (8, 10)  # the first layer and the head are [convolutional]
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        wanted = model.fuse()(x)
+    for ours, theirs in zip(wanted, session.run(raws, {IMAGES: x.numpy()}), strict=True):
+        assert (ours - torch.from_numpy(theirs)).std() < 0.1 * ours.std()
+
+
+def test_eight_bits_are_off_by_half_a_step() -> None:
+    layer = make(network(8, 8)).blocks[1]
+    levels, scale = byte_levels(layer.conv, 127)
+    exact, step = layer.conv.weight_levels()
+    assert exact.abs().max() == 255
+    assert levels.abs().amax((1, 2, 3)).tolist() == [127] * len(levels)
+    error = (levels * scale[:, None, None, None] - exact * step[:, None, None, None]).abs()
+    assert 0 < error.max() <= scale.max() / 2 + 1e-9
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_fewer_bits_are_exact(bits: int) -> None:
+    conv = make(network(bits, 8)).blocks[1].conv
+    levels, scale = byte_levels(conv, 127)
+    exact, step = conv.weight_levels()
+    assert torch.equal(levels, levels.round())
+    assert 64 <= levels.abs().max() <= 127
+    torch.testing.assert_close(levels * scale[:, None, None, None], exact * step.double()[:, None, None, None])
+
+
+def test_limits() -> None:
+    unsigned, signed = ActivationGrid(0.1, 0, 255, 0.01), ActivationGrid(0.1, 128, 255, 0.1)
+    assert limits(nn.LeakyReLU(0.1), unsigned) == (0, 255)
+    assert limits(nn.LeakyReLU(0.1), signed) is None
+    assert limits(nn.ReLU6(), unsigned) == (0, 60)
+    assert limits(nn.ReLU6(), signed) == (128, 188)
+    assert limits(nn.ReLU(), signed) == (128, 255)
+    assert limits(nn.SiLU(), unsigned) is None
+    assert limits(nn.Hardtanh(), signed) == (118, 138)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path, scenes: Path) -> Path:
+    """Write a checkpoint for the drawn pictures, one of whose quantised layers has no integer kernel."""
+    text = network(8, 8).replace("w_bits=8", "w_bits=16", 1)
+    names = (scenes.parent / "demo.names").read_text().split()
+    described = {"cfg": NET + text, "cfg_path": "x.cfg", "names": names, "data": str(scenes)}
+    save_checkpoint(tmp_path / "quantised.pt", described | {"model": make(text).state_dict()})
+    return tmp_path / "quantised.pt"
+
+
+def test_the_command_says_what_runs_in_integers(command, quantised):
+    flags = ("--int8", "--calibrate", 4, "--img-size", 64, "--output", "int8.onnx")
+    outcome = command("utils/export", "--weights", quantised, *flags)
+    assert outcome.status == 0, outcome.err
+    said = outcome.out + outcome.err
+    for line in (
+        "of the quantised multiply-adds are computed in integers",
+        "in float: layers 0 (not quantised in the cfg)",
+        "in float: layers 1 (more than 8 bits)",
+        "in float: layers 15 (before a head)",
+        "weights are moved by up to 0.",
+        "INT8, 7 of 10 convolutions in integers",
+    ):
+        assert line in said, line
+    lines = [line.split() for line in said.splitlines()]
+    assert ["simulated", "INT8"] in lines
+    outcome = command("test", "--weights", "int8.onnx", "--noplots", "--workers", 0, "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+
+
+def test_flags_of_float_networks_are_refused(command, quantised):
+    outcome = command("utils/export", "--weights", quantised, "--int8", "--keep-float", 1)
+    assert outcome.status == 2
+    assert "--keep-float: is for float networks" in outcome.err.splitlines()[-1]

@@ -1,0 +1,56 @@
+"""What of a quantised network runs in integers once it is exported, and why the rest does not."""
+
+import torch
+
+from models import Darknet
+from models.layers_conv import Convolution
+from models.quant import QuantConv2d
+
+from .int8 import layer_of, optimised
+from .integer_plan import Plan, integer_conv
+from .onnx_integer import byte_levels
+
+EXACT = 1e-6
+UNFUSED = "not fused by ONNX Runtime"
+
+
+def explain(model: Darknet, plan: Plan, data: bytes) -> list[str]:
+    """Say in lines how much of the bytes of an .onnx is computed in integers, and what in floating point, and why."""
+    kinds = {layer_of(name): kind for name, kind in optimised(data) if kind in ("Conv", "FusedConv", "QLinearConv")}
+    layers = {index: model.layers[index] for index, block in enumerate(model.blocks) if is_quantised(block)}
+    whole = sum(layer.flops for layer in layers.values())
+    integer = sum(layer.flops for index, layer in layers.items() if kinds.get(index) == "QLinearConv")
+    lines = [f"{integer / whole:.1%} of the quantised multiply-adds are computed in integers"]
+    reasons: dict[str, list[str]] = {}
+    for index, kind in kinds.items():
+        if kind != "QLinearConv":
+            reasons.setdefault(_reason(model, index), []).append(str(index))
+    lines += [f"in float: layers {', '.join(indices)} ({reason})" for reason, indices in reasons.items()]
+    if calibrated := len({*plan.own, *plan.before}):
+        lines.append(f"{calibrated} maps have levels of their own, from calibration, which the training did not have")
+    error = max(moved(conv, plan.largest) for block in model.blocks if (conv := integer_conv(block)))
+    if error > EXACT:
+        lines.append(f"weights are moved by up to {error:.2%} of the greatest to fit {2 * plan.largest + 1} levels")
+    return lines
+
+
+def is_quantised(block: torch.nn.Module) -> bool:
+    """Tell whether a layer is a quantised convolution."""
+    return isinstance(block, Convolution) and isinstance(block.conv, QuantConv2d)
+
+
+def moved(conv: QuantConv2d, largest: int) -> float:
+    """Give how far weights are moved at most to fit levels up to ±`largest`, as a share of the greatest one."""
+    levels, scale = byte_levels(conv, largest)
+    exact, step = (each.double() for each in conv.weight_levels())
+    exact = exact * step[:, None, None, None]
+    return ((levels * scale[:, None, None, None] - exact).abs().max() / exact.abs().max()).item()
+
+
+def _reason(model: Darknet, index: int) -> str:
+    if index in {i for spec in model.heads for i in model.layers[spec.layer].inputs}:
+        return "before a head"
+    block = model.blocks[index]
+    if not is_quantised(block):
+        return "not quantised in the cfg"
+    return UNFUSED if integer_conv(block) else "more than 8 bits"

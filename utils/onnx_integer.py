@@ -1,0 +1,146 @@
+"""Write a network with quantised convolutions so that they run in integers: QuantizeLinear and DequantizeLinear around
+int8 weights, uint8 inputs and int32 biases.
+
+Concatenation, pooling, upsampling and slices of quantised maps run on their levels.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import Darknet
+from models.layers_conv import Convolution
+from models.quant import ActivationGrid, QuantConv2d
+
+from .integer_plan import MOVERS, TOP, Plan, integer_conv, limits
+from .onnx_graph import Graph
+from .onnx_layers import IMAGES, name_raws, window, write
+
+MAX_BIAS, TINY = 2**30, 1e-30  # of a bias, which leaves the sums room in 32 bits; of a scale
+
+
+class IntegerWriter:
+    """Writes the layers of a network into a graph, each map in the forms in which it is read."""
+
+    def __init__(self, g: Graph, model: Darknet, plan: Plan) -> None:
+        self.g, self.model, self.plan = g, model, plan
+        self.fused = model.fuse()
+        self.reals: dict[int, str] = {-1: IMAGES}
+        self.levels: dict[tuple[int, ActivationGrid], str] = {}
+        self.shapes = {-1: (model.channels, *model.size)}
+        self.shapes |= {index: (layer.channels, *layer.size) for index, layer in enumerate(model.layers)}
+        g.shapes[IMAGES] = self.shapes[-1]
+
+    def write(self) -> list[str]:
+        """Write all layers and give the names of what the network's forward returns: raw_N of layer N."""
+        for index, block in enumerate(self.model.blocks):
+            self.g.prefix = f"{index}/"
+            if conv := integer_conv(block):
+                self._convolve(index, conv)
+            elif not isinstance(block, MOVERS):
+                self._compute(index)
+        return name_raws(self.g, self.model, self.real)
+
+    def real(self, index: int) -> str:
+        """Give the output of a layer in real numbers."""
+        if index not in self.reals:
+            if grid := self.plan.own.get(index):
+                name = dequantise(self.g, self.quantised(index, grid), grid)
+            else:
+                name = write(self.g, self.fused.blocks[index], *map(self.real, self.model.layers[index].inputs))
+            self.reals[index] = self._shaped(index, name)
+        return self.reals[index]
+
+    def quantised(self, index: int, grid: ActivationGrid) -> str:
+        """Give the output of a layer in levels of a grid."""
+        if (index, grid) not in self.levels:
+            block = self.fused.blocks[index] if index >= 0 else None
+            if isinstance(block, MOVERS):
+                inputs = [self.quantised(i, grid) for i in self.model.layers[index].inputs]
+                self.levels[index, grid] = self._shaped(index, write(self.g, block, *inputs))
+            else:
+                self._store(index, self.real(index), grid)
+        return self.levels[index, grid]
+
+    def _compute(self, index: int) -> None:
+        """Write a layer that computes in floating point, or in integers where ONNX Runtime sees that it may."""
+        x = write(self.g, self.fused.blocks[index], *map(self.real, self.model.layers[index].inputs))
+        if grid := self.plan.own.get(index):
+            self._store(index, x, grid)
+        else:
+            self.reals[index] = self._shaped(index, x)
+
+    def _convolve(self, index: int, conv: QuantConv2d) -> None:
+        """Write a convolution in integers, and its output on the grid that its readers share or on its own."""
+        g, block, grid = self.g, self.fused.blocks[index], conv.activation_grid()
+        x = dequantise(g, self.quantised(self.model.layers[index].inputs[0], grid), grid)
+        x = write_convolution(g, self.model.blocks[index], x, self.plan.largest)
+        if before := self.plan.before.get(index):
+            x = dequantise(g, quantise(g, x, before), before)
+            self.reals[index] = self._shaped(index, write(g, block.blur, write(g, block.activation, x)))
+        elif own := self.plan.own.get(index):
+            self._store(index, x, own)
+        elif target := self.plan.target(index):
+            self._store(index, x, target, limits(block.activation, target))
+
+    def _store(self, index: int, x: str, grid: ActivationGrid, within: tuple[int, int] | None = None) -> None:
+        self.levels[index, grid] = self._shaped(index, quantise(self.g, x, grid, within))
+
+    def _shaped(self, index: int, name: str) -> str:
+        self.g.shapes[name] = self.shapes[index]
+        return name
+
+
+def quantise(g: Graph, x: str, grid: ActivationGrid, within: tuple[int, int] | None = None) -> str:
+    """Write real numbers as levels of a grid, cut off at the ends of `within`."""
+    low, high = within or (0, grid.top)
+    x = g.op("QuantizeLinear", x, grid.step, np.uint8(grid.zero))
+    return x if (low, high) == (0, TOP) else g.op("Clip", x, np.uint8(low), np.uint8(high))
+
+
+def dequantise(g: Graph, x: str, grid: ActivationGrid) -> str:
+    """Write levels as the numbers that they are read for."""
+    return g.op("DequantizeLinear", x, grid.value, np.uint8(grid.zero))
+
+
+def write_convolution(g: Graph, block: Convolution, x: str, largest: int) -> str:
+    """Write a convolution of int8 weights with a scale a channel and int32 biases; its input is dequantised."""
+    conv = block.conv
+    levels, scale, bias = fold(block, largest)
+    weight = g.op("DequantizeLinear", levels, scale, axis=0)
+    bias = g.op("DequantizeLinear", bias, scale * np.float32(conv.activation_grid().value), axis=0)
+    sides = window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return g.op("Conv", x, weight, bias, **sides)
+
+
+def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
+    """Give levels of weights up to ±`largest` [O, I/groups, k, k] and their scales [O], in float64.
+
+    Levels that are larger (DoReFa's of 8 bits are the odd numbers up to 255) are put on new ones over each channel's
+    own range; that is off by at most half of a new step. Smaller ones are multiplied, which changes nothing but the
+    unit of the bias: it becomes fine enough not to move the outputs.
+    """
+    levels, scale = (each.double() for each in conv.weight_levels())
+    times = largest / levels.abs().amax((1, 2, 3)).clamp_min(1)
+    times = torch.where(times < 1, times, times.floor())
+    return (levels * times[:, None, None, None]).round(), scale / times
+
+
+@torch.no_grad()
+def fold(block: Convolution, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fold batch normalisation: weights' levels (int8), scales [O], and biases [O] (int32).
+
+    The unit of a bias is a level of a weight times one of an input.
+    """
+    conv, bn, value = block.conv, block.bn, block.conv.activation_grid().value
+    levels, scale = byte_levels(conv, largest)
+    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
+    if isinstance(bn, nn.BatchNorm2d):
+        factor = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        bias = (bias - bn.running_mean.double()) * factor + bn.bias.double()
+        levels, scale = levels * factor.sign()[:, None, None, None], scale * factor.abs()
+    least = (bias.abs() / (value * MAX_BIAS)).clamp_min(TINY)  # of a channel that is nearly constant
+    kept = torch.maximum(scale, least).float()
+    levels = (levels * (scale / kept)[:, None, None, None]).round()
+    biases = (bias / (kept.double() * value)).round()
+    return levels.numpy().astype(np.int8), kept.numpy(), biases.numpy().astype(np.int32)
