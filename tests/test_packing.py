@@ -48,7 +48,7 @@ def test_a_packed_checkpoint_is_the_network(path: Path, command, tmp_path: Path)
     outcome = command("utils/export", "--weights", "whole.pt", "--output", "packed.pt", "--packed")
     assert outcome.status == 0, outcome.err
     size = (tmp_path / "packed.pt").stat().st_size
-    assert f": a file of {size} bytes" in outcome.out
+    assert f": the file has {size} bytes" in outcome.out
     assert size < (tmp_path / "whole.pt").stat().st_size
     again, x = load_model(load_cfg(path), tmp_path / "packed.pt"), random(1, 3, 64, 96)
     with torch.inference_mode():

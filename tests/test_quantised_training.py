@@ -52,7 +52,7 @@ def test_steps_go_on_bit_for_bit(command, scenes, tmp_path, monkeypatch, quantis
 
 def test_bits_go_into_every_quantised_section_and_the_checkpoint(command, scenes, tmp_path, quantised):
     text = quantised.read_text().replace("[dropout]", "[residual]\nw_bits=8\n\n[dropout]")
-    quantised.write_text(text.replace("layers=-3", "layers=-3"))
+    quantised.write_text(text)
     outcome = command("train", *flags(scenes, "run", "--cfg", quantised, "--epochs", 1, "--w-bits", 4, "--a-bits", 3))
     assert outcome.status == 0, outcome.err
     assert "the steps of the inputs of 2 convolutions start from the first batch\n" in outcome.out

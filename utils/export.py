@@ -183,7 +183,9 @@ def write_checkpoint(args: argparse.Namespace, detector: cli.Detector, path: Pat
     save_checkpoint(path, described | {"model": state} | ({"packed": packed} if packed else {}))
     if packed:
         whole = sum(tensor.nbytes for tensor in model.state_dict().values())
-        log.info("packed %d convolutions: a file of %d bytes for %d of float", len(packed), path.stat().st_size, whole)
+        log.info(
+            "packed %d convolutions: the file has %d bytes, its tensors had %d", len(packed), path.stat().st_size, whole
+        )
 
 
 def write_darknet(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
