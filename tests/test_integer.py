@@ -12,7 +12,7 @@ from models.cfg import parse
 from models.quant import ActivationGrid, start_steps
 from models.weights import save_checkpoint
 from utils.int8 import count_integer
-from utils.integer_plan import integer_conv, limits, make_plan
+from utils.integer_plan import limits, make_plan
 from utils.onnx_graph import Graph
 from utils.onnx_integer import IntegerWriter, byte_levels, fold
 from utils.onnx_layers import IMAGES
@@ -104,7 +104,7 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
     compared = 0
     for index, block in enumerate(model.blocks):
         target = writer.plan.target(index)
-        if not integer_conv(block) or target is None or index in writer.plan.before:
+        if index not in writer.plan.convs or target is None or index in writer.plan.before:
             continue
         grid = block.conv.activation_grid()
         levels = found[writer.levels[model.layers[index].inputs[0], grid]]

@@ -7,7 +7,7 @@ from models.layers_conv import Convolution
 from models.quant import QuantConv2d
 
 from .int8 import layer_of, optimised
-from .integer_plan import Plan, integer_conv
+from .integer_plan import Plan
 from .onnx_integer import byte_levels
 
 EXACT = 1e-6
@@ -24,11 +24,11 @@ def explain(model: Darknet, plan: Plan, data: bytes) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for index, kind in kinds.items():
         if kind != "QLinearConv":
-            reasons.setdefault(_reason(model, index), []).append(str(index))
+            reasons.setdefault(_reason(model, plan, index), []).append(str(index))
     lines += [f"in float: layers {', '.join(indices)} ({reason})" for reason, indices in reasons.items()]
     if calibrated := len({*plan.own, *plan.before}):
         lines.append(f"{calibrated} maps have levels of their own, from calibration, which the training did not have")
-    error = max(moved(conv, plan.largest) for block in model.blocks if (conv := integer_conv(block)))
+    error = max(moved(conv, plan.largest) for conv in plan.convs.values())
     if error > EXACT:
         lines.append(f"weights are moved by up to {error:.2%} of the greatest to fit {2 * plan.largest + 1} levels")
     return lines
@@ -44,13 +44,13 @@ def moved(conv: QuantConv2d, largest: int) -> float:
     levels, scale = byte_levels(conv, largest)
     exact, step = (each.double() for each in conv.weight_levels())
     exact = exact * step[:, None, None, None]
-    return ((levels * scale[:, None, None, None] - exact).abs().max() / exact.abs().max()).item()
+    return ((levels * scale[:, None, None, None] - exact).abs().max() / exact.abs().max().clamp_min(EXACT)).item()
 
 
-def _reason(model: Darknet, index: int) -> str:
+def _reason(model: Darknet, plan: Plan, index: int) -> str:
     if index in {i for spec in model.heads for i in model.layers[spec.layer].inputs}:
         return "before a head"
     block = model.blocks[index]
     if not is_quantised(block):
         return "not quantised in the cfg"
-    return UNFUSED if integer_conv(block) else "more than 8 bits"
+    return UNFUSED if index in plan.convs else "more than 8 bits"

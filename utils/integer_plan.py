@@ -6,7 +6,7 @@ the range that calibration pictures give it, which the training did not have.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,10 @@ class Plan(NamedTuple):
 
     `read` has for every layer the grids that its readers quantise it on, None for those that want real numbers. `own`
     are the grids of layers that have one, `before` the same of convolutions that have it before their activation.
-    `largest` is the greatest level of a weight.
+    `largest` is the greatest level of a weight, `convs` are the convolutions that compute in integers.
     """
 
+    convs: dict[int, QuantConv2d]
     read: list[set[ActivationGrid | None]]
     own: dict[int, ActivationGrid]
     before: dict[int, ActivationGrid]
@@ -44,12 +45,15 @@ class Plan(NamedTuple):
         return next(iter(grids)) if len(grids) == 1 else None
 
 
-def integer_conv(block: nn.Module) -> QuantConv2d | None:
-    """Give the convolution of a layer that integer kernels can compute."""
-    conv = block.conv if isinstance(block, Convolution) else None
-    if not isinstance(conv, QuantConv2d) or conv.activation_grid() is None or conv.weight_levels() is None:
-        return None
-    return conv
+def integer_convs(model: Darknet) -> dict[int, QuantConv2d]:
+    """Give the quantised convolutions that integer kernels can compute, but those before heads, by their layer."""
+    heads = {index for spec in model.heads for index in model.layers[spec.layer].inputs}
+    found = {}
+    for index, block in enumerate(model.blocks):
+        conv = block.conv if isinstance(block, Convolution) else None
+        if isinstance(conv, QuantConv2d) and index not in heads and conv.activation_grid() and conv.weight_levels():
+            found[index] = conv
+    return found
 
 
 def make_plan(model: Darknet, inputs: Iterable[Tensor], *, reduce_range: bool = False) -> Plan:
@@ -57,13 +61,14 @@ def make_plan(model: Darknet, inputs: Iterable[Tensor], *, reduce_range: bool = 
 
     `reduce_range` leaves weights 7 bits, for processors whose sums of 8-bit products saturate.
     """
-    plan = Plan(find_readers(model), {}, {}, 63 if reduce_range else 127)
+    convs = integer_convs(model)
+    plan = Plan(convs, find_readers(model, convs), {}, {}, 63 if reduce_range else 127)
     integers: set[int] = set()  # layers whose outputs are integers
     shared: dict[int, list[int]] = {}  # layers with a grid of their own, and those of one grid
     before: list[int] = []
     for index, (layer, block) in enumerate(zip(model.layers, model.blocks, strict=True)):
         target, is_read_whole = plan.target(index), integers.issuperset(layer.inputs)
-        if integer_conv(block):
+        if index in convs:
             integers.add(index)
             if not isinstance(block.blur, nn.Identity) or limits(block.activation, target) is None:
                 before.append(index)
@@ -85,14 +90,14 @@ def make_plan(model: Darknet, inputs: Iterable[Tensor], *, reduce_range: bool = 
     return plan
 
 
-def find_readers(model: Darknet) -> list[set[ActivationGrid | None]]:
+def find_readers(model: Darknet, convs: Mapping[int, QuantConv2d]) -> list[set[ActivationGrid | None]]:
     """Find on which grids the output of every layer is read, through all that only moves numbers."""
     read: list[set[ActivationGrid | None]] = [set() for _ in model.layers]
     for index in [spec.layer for spec in model.heads] or [len(read) - 1]:
         read[index].add(None)
     for index in reversed(range(len(read))):
         block = model.blocks[index]
-        conv = integer_conv(block)
+        conv = convs.get(index)
         for source in model.layers[index].inputs:
             if source >= 0:
                 grids = {conv.activation_grid()} if conv else {None}

@@ -12,7 +12,7 @@ from models import Darknet
 from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
 
-from .integer_plan import MOVERS, TOP, Plan, integer_conv, limits
+from .integer_plan import MOVERS, TOP, Plan, limits
 from .onnx_graph import Graph
 from .onnx_layers import IMAGES, name_raws, window, write
 
@@ -35,7 +35,7 @@ class IntegerWriter:
         """Write all layers and give the names of what the network's forward returns: raw_N of layer N."""
         for index, block in enumerate(self.model.blocks):
             self.g.prefix = f"{index}/"
-            if conv := integer_conv(block):
+            if conv := self.plan.convs.get(index):
                 self._convolve(index, conv)
             elif not isinstance(block, MOVERS):
                 self._compute(index)
