@@ -196,3 +196,13 @@ def test_flags_of_float_networks_are_refused(command, quantised):
     outcome = command("utils/export", "--weights", quantised, "--int8", "--keep-float", 1)
     assert outcome.status == 2
     assert "--keep-float: is for float networks" in outcome.err.splitlines()[-1]
+
+
+@torch.inference_mode()
+def test_a_quantised_convolution_before_a_head_stays_simulated() -> None:
+    text = network(8, 8).replace("[convolutional]\nfilters=18", "[quan_convolutional]\nfilters=18")
+    model, x = make(text), torch.rand(2, 3, 64, 64)
+    writer, raws, data = write(model, x)
+    assert 15 not in writer.plan.convs
+    (raw,) = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(raws, {IMAGES: x.numpy()})
+    assert len(set(raw.ravel().tolist())) > 256
