@@ -12,16 +12,18 @@ quick check of it.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bccd import write_bccd
-from benchmarks.protocol import PROTOCOLS, run_protocol
+from benchmarks.protocol import PROTOCOLS, run_all, run_protocol
 from benchmarks.report import make_table, write_report
 from benchmarks.zoo import LIGHT, NETWORKS
 from utils.benchmark import Entry, make_entries, measure
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     data = write_bccd(Path("runs/bccd"))
     names = {"light": [LIGHT], "speed": [], None: [GHOST, LIGHT]}[args.only]
+    train(names, data)
     rows = [row for name in names for row in compare_forms(name, data, args)]
     speeds = [] if args.only == "light" else compare_speed(data, args)
     if args.only:
@@ -55,14 +58,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(rows, speeds)
 
 
+def train(names: Sequence[str], data: Path) -> None:
+    """Train networks on with quantised convolutions, unless that is done, one training a core."""
+    tasks = {}
+    for name, bits in itertools.product(names, BITS):
+        cfg, flags = write_quantised(name, bits, data), ["--weights", f"runs/zoo/{name}/last.pt"]
+        run = f"int8/{name}-{bits}"
+        tasks[run] = partial(run_protocol, run, "short", cfg, data, flags=flags, epochs=EPOCHS[name])
+    run_all(tasks)
+
+
 def compare_forms(name: str, data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Give a row for every form of a network: mAP, size and latency at the size it was trained at."""
     weights = Path(f"runs/zoo/{name}/last.pt")
     files = {"float": export(weights, f"{name}-float"), "PTQ": quantise(weights, f"{name}-ptq", data, args)}
     for bits in BITS:
-        cfg, run = write_quantised(name, bits, data), f"int8/{name}-{bits}"
-        run_protocol(run, "short", cfg, data, flags=["--weights", str(weights)], epochs=EPOCHS[name])
-        files[f"DoReFa {bits}/{bits}"] = quantise(Path("runs", run, "last.pt"), f"{name}-{bits}", data, args)
+        trained = Path(f"runs/int8/{name}-{bits}/last.pt")
+        files[f"DoReFa {bits}/{bits}"] = quantise(trained, f"{name}-{bits}", data, args)
     entries = make_entries([str(file) for file in files.values()], ["onnx"], side=None, batch=1)
     timed = measure(entries, args.rounds)
     rows = []
