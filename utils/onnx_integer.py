@@ -79,7 +79,7 @@ class IntegerWriter:
             x = dequantise(g, quantise(g, x, before), before)
             self.reals[index] = self._shaped(index, write(g, block.blur, write(g, block.activation, x)))
         elif own := self.plan.own.get(index):
-            self._store(index, x, own)
+            self._store(index, x, own, limits(block.activation, own))
         elif target := self.plan.target(index):
             self._store(index, x, target, limits(block.activation, target))
 
