@@ -24,7 +24,7 @@ from .labels import Labelled
 from .log import DataError
 from .onnx_metadata import Metadata
 from .optional import require
-from .runtime import OnnxNetwork
+from .runtime import OnnxNetwork, start_session
 from .scores import Evaluation
 from .timing import Timing, summarise, time_in_turn
 
@@ -162,8 +162,7 @@ def optimised(data: bytes) -> list[tuple[str, str]]:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.log_severity_level = 3
-        runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        start_session(data, options)
         return [(node.name, node.op_type) for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
