@@ -11,8 +11,9 @@ from models import Darknet
 from models.cfg import parse
 from models.quant import ActivationGrid, start_steps
 from models.weights import save_checkpoint
+from utils.export import bits
 from utils.int8 import count_integer
-from utils.integer_plan import limits, make_plan
+from utils.integer_plan import before_heads, integer_convs, limits, make_plan
 from utils.onnx_graph import Graph
 from utils.onnx_integer import IntegerWriter, byte_levels, fold
 from utils.onnx_layers import IMAGES
@@ -235,3 +236,26 @@ def test_a_quantised_convolution_before_a_head_stays_simulated() -> None:
     assert 15 not in writer.plan.convs
     (raw,) = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(raws, {IMAGES: x.numpy()})
     assert len(set(raw.ravel().tolist())) > 256
+
+
+def test_what_is_moved_on_its_way_to_a_head_stays_float() -> None:
+    head = conv(18, 8, 8, "linear").replace("batch_normalize=1\n", "")
+    layers = [
+        conv(8, 8, 8),
+        head,
+        "[dropout]",
+        HEAD,
+        HEAD,
+        "[route]\nlayers=1",
+        "[maxpool]\nsize=1",
+        HEAD,
+        conv(18, 8, 8),
+    ]
+    model = Darknet(parse(NET + "\n".join([*layers, HEAD])))
+    assert before_heads(model) == {1, 2, 3, 5, 6, 8}
+    assert {*integer_convs(model)} == {0}
+
+
+def test_bits_of_floating_point_are_not_simulated() -> None:
+    cases = {(32, 32): "", (8, 32): "8", (32, 4): "4"}
+    assert {(w, a): bits(Darknet(parse(f"{NET}{conv(18, w, a)}{HEAD}"))) for w, a in cases} == cases
