@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -117,8 +118,10 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
         wanted = (y / target.step + target.zero).clamp(0, target.top).round()
         apart = (levels[index, target] - wanted).abs()
         assert apart.max() <= 1
-        unit = (fold(block, 127)[1] * grid.value / target.step).mean()  # of the biases, in levels of the output
-        assert (apart > 0).float().mean() <= max(1e-3, unit)
+        bound = 2e-3 if index in writer.plan.own else 1e-3
+        if a == 8:  # the unit of the biases, in levels of the output, where inputs leave no room for a finer one
+            bound = max(bound, (fold(block, 127, grid.value)[1] * grid.value / target.step).mean())
+        assert (apart > 0).float().mean() <= bound
         assert len(wanted.unique()) > 1
         compared += 1
     assert compared >= (1 if keys else 4)  # where steps are learned readers rarely share one
@@ -159,6 +162,16 @@ def test_a_float_convolution_between_quantised_ones_stays_float(activation: str)
     (own,), target = writer.plan.own.values(), writer.plan.target(1)
     y = model.blocks[1]((levels[0, own] - own.zero) * own.step)
     assert (levels[1, target] - (y / target.step).clamp(0, target.top).round()).abs().mean() <= 1e-3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", [1, 4])
+def test_levels_of_few_bits_take_a_whole_byte_and_integer_kernels(bits: int) -> None:
+    model, x = make(network(bits, bits)), torch.rand(2, 3, 64, 64)
+    _, _, data = write(model, x)
+    assert count_integer(data) == (8, 10)
+    shifts = [node for node in onnx.load_from_string(data).graph.node if node.op_type == "BitShift"]
+    assert len(shifts) == 8
 
 
 def test_eight_bits_are_off_by_half_a_step() -> None:
