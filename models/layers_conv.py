@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .binary import BinaryConv2d
 from .cfg import Section
 from .channels import convolved, kept
 from .grid import Grid, read_grid
@@ -73,28 +74,6 @@ class SharedConvolution(nn.Module):
         (owner,), (_, stride, padding, dilation, groups) = self.owner, self.window
         x = F.conv2d(x, owner.conv.weight, owner.conv.bias, stride, padding * dilation, dilation, groups)
         return self.blur(self.activation(owner.bn(x)))
-
-
-class BinaryConv2d(nn.Conv2d):
-    """XNOR-Net's convolution (https://arxiv.org/abs/1603.05279): weights are ± the filter's mean |w|.
-
-    With `is_xnor` the input is ±1 too, except for the zeros of the padding. Gradients go straight through, to the input
-    where it lies within ±1.
-    """
-
-    def __init__(self, channels: int, filters: int, window: "Window", *, has_bias: bool, is_xnor: bool) -> None:
-        size, stride, padding, dilation, groups = window
-        super().__init__(channels, filters, size, stride, padding * dilation, dilation, groups, has_bias)
-        self.is_xnor = is_xnor
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        binary = torch.where(w > 0, 1.0, -1.0) * w.abs().mean((1, 2, 3), keepdim=True)
-        w = w + (binary - w).detach()
-        if self.is_xnor:
-            clipped = x.clamp(-1, 1)
-            x = clipped + (torch.where(x > 0, 1.0, -1.0) - clipped).detach()
-        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Crnn(nn.Module):
@@ -261,7 +240,7 @@ def _make_convolution(
     size, stride, padding, dilation, groups = window
     arguments = (channels, filters, size, stride, padding * dilation, dilation, groups, not has_bn)
     if is_binary:
-        conv: nn.Conv2d = BinaryConv2d(channels, filters, window, has_bias=not has_bn, is_xnor=is_xnor)
+        conv: nn.Conv2d = BinaryConv2d(*arguments, is_xnor=is_xnor)
     else:
         conv = QuantConv2d(*arguments, grid=grid) if grid else nn.Conv2d(*arguments)
     return conv, nn.BatchNorm2d(filters, eps=BN_EPS, momentum=BN_MOMENTUM) if has_bn else nn.Identity()

@@ -147,7 +147,8 @@ class QuantConv2d(nn.Conv2d):
         """Give the step of LSQ's or IAO's inputs, no dimension, and their least and greatest level: of IAO tensors."""
         low, high = self.grid.input_levels
         if self.grid.method == "lsq":
-            return self.a_step[0], low, high
+            step = self.a_step[0]
+            return through(step, step.clamp_min(FLOOR)), low, high
         least, most = self.a_limits.unbind()
         if self.grid.is_symmetric:
             return (torch.maximum(-least, most) / high).clamp_min(FLOOR), low, high

@@ -23,6 +23,7 @@ from utils.boxes import non_maximum_suppression
 from utils.export import make_onnx
 from utils.log import DataError
 from utils.onnx_graph import Graph
+from utils.onnx_heads import add_nms
 from utils.onnx_layers import IMAGES, write
 from utils.onnx_metadata import DECODED, DETECTED, RAW, Metadata, unpack
 
@@ -144,7 +145,9 @@ def test_batch_normalisation_is_folded():
 def test_detections_are_those_of_our_nms():
     model = seeded(DEMO).fuse()
     x = noise(model, (64, 96))
-    _, data = make_onnx(model, describe(model, DETECTED), nms=LIMITS)
+    decoded = describe(model, DECODED)
+    data, metadata = add_nms(make_onnx(model, decoded)[1], decoded, **LIMITS)
+    assert metadata == replace(decoded, outputs=DETECTED)
     (found,) = run(data, x)  # [M, 7]
     boxes, scores = model.decode(model(x), (64, 96))
     for picture in range(2):

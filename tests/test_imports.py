@@ -19,6 +19,7 @@ FLOORS = {
     "models/cfg.py": 0,
     "models/activations.py": 1,
     "models/attention.py": 1,
+    "models/binary.py": 1,
     "models/channels.py": 1,
     "models/grid.py": 1,
     "models/quantisers.py": 1,

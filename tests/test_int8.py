@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from models import Darknet, load_cfg, save_weights
 from models.weights import load_model
 from tests.networks import ROOT, seeded
+from utils.boxes import non_maximum_suppression
 from utils.int8 import count_integer, float_convolutions, layer_of, optimised
 from utils.onnx_metadata import unpack
 from utils.runtime import OnnxNetwork
@@ -81,6 +82,22 @@ def test_fp32_and_int8_stand_side_by_side(command, trained):
     assert rows["MB"][1] == pytest.approx(Path("int8.onnx").stat().st_size / 1e6, abs=0.006)
 
 
+def test_nms_stands_behind_integers(command, trained):
+    export_int8(command, trained, "--decode")
+    network, x = OnnxNetwork("int8.onnx"), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outcome = export_int8(command, trained, "--nms", "--conf-thres", 0.25)
+    assert "detections: INT8, " in outcome.out
+    assert "mAP@.5 " in outcome.out
+    assert count_integer(Path("int8.onnx").read_bytes())[0] > 10
+    boxes, scores = network(x)
+    (found,) = OnnxNetwork("int8.onnx")(x)
+    for picture in range(2):
+        ours = non_maximum_suppression(boxes[picture], scores[picture], conf_thres=0.25, iou_thres=0.6, max_det=10**6)
+        theirs = found[found[:, 0] == picture, 1:]
+        assert len(ours) == len(theirs) > 5
+        torch.testing.assert_close(theirs[theirs[:, 4].argsort(descending=True), 4], ours[:, 4])
+
+
 TABLE = {"mAP@.5", "mAP@.5:.95", "MB", "ms", "±", "times"}
 
 
@@ -94,7 +111,6 @@ def test_test_runs_it(command, trained):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--int8", "--nms"], "--nms: not with --int8"),
         (["--reduce-range"], "--reduce-range: goes with --int8 alone"),
         (["--int8", "--format", "pt", "--output", "x.pt"], "--int8: goes with --format onnx alone"),
         (["--calibration", "entropy", "--output", "x.pt"], "--calibration: goes with --format onnx alone"),

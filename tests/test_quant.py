@@ -238,6 +238,16 @@ def test_learned_steps_of_inputs_by_hand(grid: Grid, inputs: list[float], levels
     torch.testing.assert_close(conv.a_step.grad, torch.tensor([slopes / (5 * high) ** 0.5]))
 
 
+def test_a_step_that_learned_its_way_below_zero_is_a_small_one() -> None:
+    conv, x = QuantConv2d(1, 1, 1, bias=False, grid=Grid(32, 8, 10, "lsq")), torch.ones(1, 1, 1, 1)
+    conv.a_step.data.fill_(-0.5)
+    assert conv.activation_grid().step == pytest.approx(1e-8)
+    out = conv(x)
+    torch.testing.assert_close(out, 255e-8 * conv.weight.data)
+    out.sum().backward()
+    assert conv.a_step.grad  # so that it may grow again
+
+
 def test_8_bit_weights_are_symmetric() -> None:
     """-128 is left out, as ONNX's symmetric int8 has it."""
     assert [Grid(bits, 8, 10, "lsq").weight_levels for bits in (2, 4, 8, 16)] == [

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from models import Darknet, load_cfg
-from models.quant import QuantConv2d
 from models.weights import checkpoint_cfg, load_checkpoint, load_model, write_atomically
 
 from . import cli
-from .export import describe_network, make_onnx
+from .export import bits, describe_network, make_onnx
 from .log import DataError, log
 from .network import Network
 from .onnx_metadata import RAW
@@ -84,7 +83,7 @@ def arithmetic(network: Network) -> str:
     if isinstance(network, OnnxNetwork):
         said = network.metadata.arithmetic
         return "INT8" if said.startswith("INT8") else "simulated" if "simulated" in said else "FP32"
-    return "simulated" if any(isinstance(module, QuantConv2d) for module in network.modules()) else "FP32"
+    return "simulated" if bits(network) else "FP32"
 
 
 def make_entries(paths: Sequence[str], backends: Sequence[str], *, side: int | None, batch: int) -> list[Entry]:

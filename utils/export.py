@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from models import Darknet, dump, save_weights
+from models.grid import BYTE_BITS, FLOAT_BITS
 from models.layers import OWN
 from models.packing import pack_weight
-from models.quant import BYTE_BITS, QuantConv2d
+from models.quant import QuantConv2d
 from models.weights import save_checkpoint, write_atomically
 
 from . import cli, integer, ptq
@@ -29,23 +30,21 @@ from .integer_plan import Plan, make_plan
 from .labels import check_labels
 from .log import DataError, log
 from .onnx_graph import Graph
-from .onnx_heads import write_decode, write_nms
+from .onnx_heads import add_nms, write_decode
 from .onnx_integer import IntegerWriter
 from .onnx_layers import IMAGES, write_layers
-from .onnx_metadata import DECODED, DETECTED, RAW, Metadata
+from .onnx_metadata import DECODED, RAW, Metadata
 from .optional import require
 
 FORMATS = {"onnx": ".onnx", "weights": ".weights", "pt": ".pt", "darknet": ".cfg"}
 BOUND = 1e-4  # of the largest value: what FP32 may differ by
 
 
-def make_onnx(
-    model: Darknet, metadata: Metadata, *, nms: dict[str, Any] | None = None, plan: Plan | None = None
-) -> tuple[Any, bytes]:
+def make_onnx(model: Darknet, metadata: Metadata, *, plan: Plan | None = None) -> tuple[Any, bytes]:
     """Give the ONNX model of `model`, its batch normalisation folded, and its bytes.
 
-    `metadata.outputs` says what it puts out; the batch is free, and the size unless `metadata.is_fixed`. `nms` are the
-    limits of write_nms. With a `plan` an unfused network's quantised convolutions are integer ones. Raises DataError.
+    `metadata.outputs` says what it puts out, raw heads or boxes and scores; the batch is free, and the size unless
+    `metadata.is_fixed`. With a `plan` an unfused network's quantised convolutions are integer ones. Raises DataError.
     """
     graph = Graph()
     with torch.inference_mode():
@@ -58,9 +57,6 @@ def make_onnx(
         if metadata.outputs != RAW:
             boxes, scores = write_decode(graph, raws, model.heads)
             outputs = {boxes: ["batch", "boxes", 4], scores: ["batch", "boxes", model.classes]}
-        if metadata.outputs == DETECTED:
-            assert nms is not None
-            outputs = {write_nms(graph, boxes, scores, **nms): ["detected", 7]}
         return graph.model({IMAGES: ["batch", model.channels, *sides]}, outputs, metadata.pack())
 
 
@@ -87,7 +83,7 @@ def describe(args: argparse.Namespace, detector: cli.Detector) -> Metadata:
         raise DataError(f"--img-size {args.img_size}: a fully connected layer of {model.cfg.path} takes its size alone")
     return describe_network(
         model,
-        outputs=DETECTED if args.nms else DECODED if args.decode else RAW,
+        outputs=DECODED if args.decode or args.nms else RAW,
         names=detector.names,
         data=detector.data.path if detector.data else "",
         size=size,
@@ -123,17 +119,23 @@ def describe_network(
 def write_onnx(args: argparse.Namespace, detector: cli.Detector, path: Path) -> None:
     """Write an .onnx and say what is in it and how exact it is. Raises DataError and WeightsError."""
     metadata, model = describe(args, detector), detector.model.fuse()
-    nms = {"conf_thres": args.conf_thres, "iou_thres": args.iou_thres, "max_det": args.max_det}
-    if args.nms and model.diou_beta is not None:
-        log.info("%s asks for diounms, which ONNX has not: the graph suppresses by IoU", model.cfg.path)
-    graph, data = make_onnx(model, metadata, nms=nms)
+    graph, data = make_onnx(model, metadata)
     if args.int8:
         data, metadata = make_int8(args, detector, graph, data, metadata)
+    else:
+        check(model, data, metadata, path)
+    if args.nms:
+        if model.diou_beta is not None:
+            log.info("%s asks for diounms, which ONNX has not: the graph suppresses by IoU", model.cfg.path)
+        limits = {"conf_thres": args.conf_thres, "iou_thres": args.iou_thres, "max_det": args.max_det}
+        data, metadata = add_nms(data, metadata, **limits)
     write_atomically(path, lambda partial: partial.write_bytes(data))
     sides = f"{metadata.size[1]}x{metadata.size[0]}{'' if metadata.is_fixed else ' or any other size'}"
     log.info("%s: %s, %s, any batch, %.1f MB", metadata.outputs, metadata.arithmetic, sides, len(data) / 1e6)
-    if args.int8 or metadata.outputs == DETECTED:
-        return
+
+
+def check(model: Darknet, data: bytes, metadata: Metadata, path: Path) -> None:
+    """Say how far the outputs of a network's .onnx, that is to be written to `path`, are from PyTorch's."""
     error = difference(data, model, metadata)
     why = " (in simulated quantisation rounding errors become whole levels)" if bits(model) else ""
     log.info("ONNX Runtime differs from PyTorch by %.1e of the largest value%s", error, why)
@@ -199,8 +201,9 @@ def write_darknet(args: argparse.Namespace, detector: cli.Detector, path: Path) 
 
 
 def bits(model: Darknet) -> str:
-    """Name the bits of quantised weights, as 4/8; of a float network there are none."""
-    found = {module.grid.w_bits for module in model.modules() if isinstance(module, QuantConv2d)}
+    """Name the bits of quantised convolutions, of weights or inputs the fewer, as 4/8; a float network has none."""
+    grids = [module.grid for module in model.modules() if isinstance(module, QuantConv2d)]
+    found = {min(grid.w_bits, grid.a_bits) for grid in grids} - {FLOAT_BITS}
     return "/".join(map(str, sorted(found)))
 
 
@@ -252,8 +255,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
     if args.packed and args.format != "pt":
         parser.error("argument --packed: goes with --format pt alone")
-    if args.int8 and args.nms:
-        parser.error("argument --nms: not with --int8, whose mAP is measured (take --decode)")
     int8_flags += ["--reduce-range"] if args.reduce_range else []
     if int8_flags and not args.int8:
         parser.error(f"argument {int8_flags[0]}: goes with --int8 alone")

@@ -20,11 +20,12 @@ from models import Darknet
 from .calibration import KINDS, calibrate, quiet
 from .device import CPU
 from .evaluate import Settings, evaluate
+from .integer_plan import before_heads
 from .labels import Labelled
 from .log import DataError
 from .onnx_metadata import Metadata
 from .optional import require
-from .runtime import OnnxNetwork
+from .runtime import OnnxNetwork, start_session
 from .scores import Evaluation
 from .timing import Timing, summarise, time_in_turn
 
@@ -94,7 +95,7 @@ def prepare(
 def split(graph: Any, model: Darknet) -> list[Group]:
     """Give the groups of an ONNX model of make_onnx; the convolutions before heads and the decoding are in none."""
     ends = [place for place, node in enumerate(graph.graph.node) if node.output[0].startswith("raw_")]
-    heads = {index for spec in model.heads for index in model.layers[spec.layer].inputs}
+    heads = before_heads(model)
     nodes = [(layer_of(node.name), node) for node in graph.graph.node[: max(ends)] if not node.name.startswith("raw_")]
     convolve = {layer for layer, node in nodes if node.op_type == "Conv"} - heads
     groups: dict[int, list[str]] = {}
@@ -162,8 +163,7 @@ def optimised(data: bytes) -> list[tuple[str, str]]:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.log_severity_level = 3
-        runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        start_session(data, options)
         return [(node.name, node.op_type) for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 

@@ -7,7 +7,7 @@ from models.layers_conv import Convolution
 from models.quant import QuantConv2d
 
 from .int8 import layer_of, optimised
-from .integer_plan import Plan
+from .integer_plan import Plan, before_heads
 from .onnx_integer import byte_levels
 
 EXACT = 1e-6
@@ -48,7 +48,7 @@ def moved(conv: QuantConv2d, largest: int) -> float:
 
 
 def _reason(model: Darknet, plan: Plan, index: int) -> str:
-    if index in {i for spec in model.heads for i in model.layers[spec.layer].inputs}:
+    if index in before_heads(model):
         return "before a head"
     block = model.blocks[index]
     if not is_quantised(block):

@@ -45,10 +45,19 @@ class Plan(NamedTuple):
         return next(iter(grids)) if len(grids) == 1 else None
 
 
+def before_heads(model: Darknet) -> set[int]:
+    """Give the layers that heads read, also those whose numbers are only moved on the way."""
+    heads = {spec.layer for spec in model.heads}
+    found: set[int] = set()
+    for index in reversed(range(len(model.layers))):
+        if index in heads or (index in found and isinstance(model.blocks[index], MOVERS)):
+            found.update(model.layers[index].inputs)
+    return found
+
+
 def integer_convs(model: Darknet) -> dict[int, QuantConv2d]:
     """Give the quantised convolutions that integer kernels can compute, but those before heads, by their layer."""
-    heads = {index for spec in model.heads for index in model.layers[spec.layer].inputs}
-    found = {}
+    heads, found = before_heads(model), {}
     for index, block in enumerate(model.blocks):
         conv = block.conv if isinstance(block, Convolution) else None
         if isinstance(conv, QuantConv2d) and index not in heads and conv.activation_grid() and conv.weight_levels():

@@ -1,11 +1,15 @@
 """Darknet's decoding of raw maps (models/yolo.py) and non-maximum suppression in ONNX's operators."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from models.yolo import GAUSSIAN, POINTS, HeadSpec
 
 from .onnx_graph import Graph
 from .onnx_layers import IMAGES
+from .onnx_metadata import DETECTED, Metadata
 
 BOXES, SCORES, DETECTIONS = "boxes", "scores", "detections"
 
@@ -16,6 +20,23 @@ def write_decode(g: Graph, raws: list[str], specs: list[HeadSpec]) -> tuple[str,
     boxes, scores = zip(*decoded, strict=True)
     g.prefix = ""
     return g.op("Concat", *boxes, axis=1, output=BOXES), g.op("Concat", *scores, axis=1, output=SCORES)
+
+
+def add_nms(data: bytes, metadata: Metadata, **limits: Any) -> tuple[bytes, Metadata]:
+    """Put NMS behind the boxes and scores of an ONNX model; give its bytes and what they say of themselves now.
+
+    `limits` are those of write_nms.
+    """
+    g, metadata = Graph(), replace(metadata, outputs=DETECTED)
+    onnx, detected = g.onnx, write_nms(g, BOXES, SCORES, **limits)
+    model = onnx.load_from_string(data)
+    known = {constant.name for constant in model.graph.initializer}
+    model.graph.node.extend(g.nodes)
+    model.graph.initializer.extend(constant for name, constant in g.constants.items() if name not in known)
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(detected, onnx.TensorProto.FLOAT, ["detected", 7]))
+    onnx.helper.set_model_props(model, metadata.pack())
+    return model.SerializeToString(), metadata
 
 
 def write_nms(g: Graph, boxes: str, scores: str, *, conf_thres: float, iou_thres: float, max_det: int) -> str:

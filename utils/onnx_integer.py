@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Darknet
+from models.grid import BYTE_BITS
 from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
 
@@ -73,13 +74,13 @@ class IntegerWriter:
     def _convolve(self, index: int, conv: QuantConv2d) -> None:
         """Write a convolution in integers, and its output on the grid that its readers share or on its own."""
         g, block, grid = self.g, self.fused.blocks[index], conv.activation_grid()
-        x = dequantise(g, self.quantised(self.model.layers[index].inputs[0], grid), grid)
-        x = write_convolution(g, self.model.blocks[index], x, self.plan.largest)
+        x, wide = widen(g, self.quantised(self.model.layers[index].inputs[0], grid), grid)
+        x = write_convolution(g, self.model.blocks[index], x, wide, self.plan.largest)
         if before := self.plan.before.get(index):
             x = dequantise(g, quantise(g, x, before), before)
             self.reals[index] = self._shaped(index, write(g, block.blur, write(g, block.activation, x)))
         elif own := self.plan.own.get(index):
-            self._store(index, x, own)
+            self._store(index, x, own, limits(block.activation, own))
         elif target := self.plan.target(index):
             self._store(index, x, target, limits(block.activation, target))
 
@@ -103,14 +104,26 @@ def dequantise(g: Graph, x: str, grid: ActivationGrid) -> str:
     return g.op("DequantizeLinear", x, grid.value, np.uint8(grid.zero))
 
 
-def write_convolution(g: Graph, block: Convolution, x: str, largest: int) -> str:
-    """Write a convolution of int8 weights with a scale a channel and int32 biases; its input is dequantised."""
+def widen(g: Graph, x: str, grid: ActivationGrid) -> tuple[str, ActivationGrid]:
+    """Write levels of few bits as the same number of levels over a whole byte.
+
+    The unit of biases becomes as much finer.
+    """
+    bits = BYTE_BITS - grid.top.bit_length()
+    if not bits:
+        return x, grid
+    wide = ActivationGrid(grid.step / 2**bits, grid.zero << bits, grid.top << bits, grid.value / 2**bits)
+    return g.op("BitShift", x, np.uint8(bits), direction="LEFT"), wide
+
+
+def write_convolution(g: Graph, block: Convolution, x: str, grid: ActivationGrid, largest: int) -> str:
+    """Write a convolution of int8 weights with a scale a channel and int32 biases; its input are levels of a grid."""
     conv = block.conv
-    levels, scale, bias = fold(block, largest)
+    levels, scale, bias = fold(block, largest, grid.value)
     weight = g.op("DequantizeLinear", levels, scale, axis=0)
-    bias = g.op("DequantizeLinear", bias, scale * np.float32(conv.activation_grid().value), axis=0)
+    bias = g.op("DequantizeLinear", bias, scale * np.float32(grid.value), axis=0)
     sides = window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return g.op("Conv", x, weight, bias, **sides)
+    return g.op("Conv", dequantise(g, x, grid), weight, bias, **sides)
 
 
 def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
@@ -127,12 +140,12 @@ def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fold(block: Convolution, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fold(block: Convolution, largest: int, value: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fold batch normalisation: weights' levels (int8), scales [O], and biases [O] (int32).
 
-    The unit of a bias is a level of a weight times one of an input.
+    The unit of a bias is a level of a weight times one of an input, which is read for `value`.
     """
-    conv, bn, value = block.conv, block.bn, block.conv.activation_grid().value
+    conv, bn = block.conv, block.bn
     levels, scale = byte_levels(conv, largest)
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
     if isinstance(bn, nn.BatchNorm2d):

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from models import Darknet
 from models.attention import ChannelGate, Eca, SpatialGate
-from models.layers_conv import BinaryConv2d, Convolution, Crnn, SharedConvolution
+from models.binary import BinaryConv2d
+from models.grid import FLOAT_BITS
+from models.layers_conv import Convolution, Crnn, SharedConvolution
 from models.layers_dense import Connected
 from models.layers_head import Softmax
 from models.layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from models.layers_pool import Activation, Blur, Crop, LocalAvgPool, MaxPool, Reorg, Reorg3d
-from models.quant import FLOAT_BITS, QuantConv2d
+from models.quant import QuantConv2d
 
 from .onnx_activations import ACTIVATIONS
 from .onnx_graph import Graph
@@ -71,9 +73,8 @@ def quant_conv(g: Graph, m: QuantConv2d, x: str) -> str:
 
 
 def binary_conv(g: Graph, m: BinaryConv2d, x: str) -> str:
-    w = torch.where(m.weight > 0, 1.0, -1.0) * m.weight.abs().mean((1, 2, 3), keepdim=True)
     x = g.op("Where", g.op("Greater", x, 0.0), 1.0, -1.0) if m.is_xnor else x
-    return _conv(g, x, w, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    return _conv(g, x, m.binary_weight(), m.bias, m.stride, m.padding, m.dilation, m.groups)
 
 
 def shared_convolution(g: Graph, m: SharedConvolution, x: str) -> str:
