@@ -184,6 +184,12 @@ def test_quantize_spares_the_first_convolution_the_heads_and_gates(backbone: str
     assert len(convs) > 2 * len(floats)
 
 
+@pytest.mark.parametrize(("bits", "limit"), [(1, 3), (2, 3), (3, 10), (8, 10)])
+def test_few_bits_have_a_narrow_range(bits: int, limit: float) -> None:
+    model = built(text_of(*TINY, "--classes", 1, "--quantize", bits))
+    assert {m.grid.a_range for m in model.modules() if isinstance(m, QuantConv2d)} == {limit}
+
+
 def test_released_layouts_differ_as_they_should() -> None:
     words = ("--head", "yolov3", "--classes", 10, "--backbone")
     ours, released = text_of(*words, "ghostnet"), text_of(*words, "ghostnet-imagenet")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 STRIDES = {"C3": 8, "C4": 16, "C5": 32}  # of the maps that a backbone hands to a head
 WIDTHS = ("filters", "hidden", "inner")  # keys that a width scales
+FEW_BITS, FEW_RANGE = 2, 3  # bits whose levels a range of 10 spreads too far (docs/quantisation.md), and theirs
 # Where squeeze and excitation, CBAM and ECA stand in a tiny network with their published parameter counts
 ATTENTIONS = {
     "none": {},
@@ -94,4 +95,7 @@ class Draft:
         return self.add("yolo", keys)
 
     def _bit_keys(self) -> dict[str, object]:
-        return {"w_bits": self.bits, "a_bits": self.bits} if self.bits else {}
+        if not self.bits:
+            return {}
+        narrow = {"a_range": FEW_RANGE} if self.bits <= FEW_BITS else {}
+        return {"w_bits": self.bits, "a_bits": self.bits} | narrow
