@@ -128,13 +128,14 @@ def write(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> None:
         "map50_drop": plain["mAP@.5"] - forms[best]["mAP@.5"],
     }
     epochs = ", ".join(f"{name} {count}" for name, count in EPOCHS.items())
-    text = f"""PTQ: python -m utils.export --int8 on the trained network. DoReFa b/b: its convolutions but the first and
-those before heads as [quan_convolutional] with w_bits=b and a_bits=b (a_range=3 at 2 bits, else 10), trained on from the float
-weights by the short protocol (epochs: {epochs}; one seed), and exported as integers. mAP is the .onnx file's, on 72
-test pictures of BCCD at {PROTOCOLS["short"].side}x{PROTOCOLS["short"].side}; its standard error is about 0.017, of a
-difference 0.003. The float rows had no further training. Rows with mAP are timed at that size, a network in one run;
-those without at {SIDE}x{SIDE}, all in one run. Batch 1, medians and quartile spreads of timings in turn. pruned:
-{GHOST} of benchmarks/slimming.md, 5.9 M parameters."""
+    side = PROTOCOLS["short"].side
+    text = f"""PTQ: python -m utils.export --int8 on the trained network. DoReFa b/b: its convolutions but the first
+and those before heads as [quan_convolutional] with w_bits=b and a_bits=b (a_range=3 at 2 bits, else 10), trained on
+from the float weights by the short protocol (epochs: {epochs}; one seed), and exported as integers; the float rows had
+no further training. mAP is the .onnx file's, on 72 test pictures of BCCD at {side}x{side}; its standard error is about
+0.017, of a difference 0.003. Rows with mAP are timed at that size, a network in one run; those without at
+{SIDE}x{SIDE}, all in one run. Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of
+benchmarks/slimming.md, 5.9 M parameters."""
     keys = ("network", "form", "backend", "side", "mAP@.5", "mAP@.5:.95", "MB", "ms", "± ms")
     ordered = [{key: each[key] for key in keys if key in each} for each in rows + speeds]
     write_report("int8", "Integers: speed and accuracy", text, COMMAND, ordered, summary)
