@@ -14,6 +14,7 @@ from PIL import Image
 from docs import draw_blocks
 from docs.block_graphs import Box, Panel, boxes, build, span
 from docs.block_layout import HEIGHT, arrange
+from models import grid
 from models.layers_attention import ChannelGate, Eca, SpatialGate
 from models.layers_merge import Route
 from models.macros import MACROS
@@ -23,7 +24,6 @@ from utils.cfg_keys import read_keys, section_names
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
 PANELS = [panel for panels in draw_blocks.PICTURES.values() for panel in panels]
-GRID = {"w_bits", "a_bits", "a_range"}
 
 
 def panel_name(panel: Panel) -> str:
@@ -75,7 +75,7 @@ def test_the_table_of_blocks_has_every_macro_with_its_keys():
         first, written, *_ = row.strip("| ").split(" | ")
         sections = re.findall(r"\[(\w+)\]", first)
         found |= set(sections)
-        known = {name: key for name, key in keys[owner[sections[0]]].items() if name not in GRID}
+        known = {name: key for name, key in keys[owner[sections[0]]].items() if name not in grid.KEYS}
         texts = dict(part.partition("=")[::2] for part in written.strip("`").split())
         assert texts.keys() == known.keys(), first
         for name, text in texts.items():
