@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 
 # What every change must pass, in minutes.
 test: check
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n auto --dist loadfile
 
 # Everything, however long it takes.
 test-all: check
