@@ -6,7 +6,7 @@ from models import Darknet
 from models.layers_conv import Convolution
 from models.quant import QuantConv2d
 
-from .int8 import layer_of, optimised
+from .int8 import FLOATS, layer_of, optimised
 from .integer_plan import Plan, before_heads
 from .onnx_integer import byte_levels
 
@@ -16,15 +16,16 @@ UNFUSED = "not fused by ONNX Runtime"
 
 def explain(model: Darknet, plan: Plan, data: bytes) -> list[str]:
     """Say in lines how much of the bytes of an .onnx is computed in integers, and what in floating point, and why."""
-    kinds = {layer_of(name): kind for name, kind in optimised(data) if kind in ("Conv", "FusedConv", "QLinearConv")}
+    kinds = {layer_of(name): kind for name, kind in optimised(data) if kind in (*FLOATS, "QLinearConv")}
     layers = {index: model.layers[index] for index, block in enumerate(model.blocks) if is_quantised(block)}
     whole = sum(layer.flops for layer in layers.values())
     integer = sum(layer.flops for index, layer in layers.items() if kinds.get(index) == "QLinearConv")
     lines = [f"{integer / whole:.1%} of the quantised multiply-adds are computed in integers"]
-    reasons: dict[str, list[str]] = {}
+    heads, reasons = before_heads(model), dict[str, list[str]]()
     for index, kind in kinds.items():
         if kind != "QLinearConv":
-            reasons.setdefault(_reason(model, plan, index), []).append(str(index))
+            reason = "before a head" if index in heads else _reason(model, plan, index)
+            reasons.setdefault(reason, []).append(str(index))
     lines += [f"in float: layers {', '.join(indices)} ({reason})" for reason, indices in reasons.items()]
     if calibrated := len({*plan.own, *plan.before}):
         lines.append(f"{calibrated} maps have levels of their own, from calibration, which the training did not have")
@@ -48,9 +49,6 @@ def moved(conv: QuantConv2d, largest: int) -> float:
 
 
 def _reason(model: Darknet, plan: Plan, index: int) -> str:
-    if index in before_heads(model):
-        return "before a head"
-    block = model.blocks[index]
-    if not is_quantised(block):
+    if not is_quantised(model.blocks[index]):
         return "not quantised in the cfg"
     return UNFUSED if index in plan.convs else "more than 8 bits"
