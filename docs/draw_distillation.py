@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=PASSIVE python -m docs.draw_distillation
 
 trains slim-m on drawn scenes, and cfg/demo.cfg a third as long, alone and with `distill.py`; then detects in a scene
-that none of them has seen. Trainings that are done stay in runs/taught. `--photo`, `--teacher`, `--before` and `--after`
-draw other networks in a picture of your own instead.
+that none of them has seen. Trainings that are done stay in runs/taught. `--photo`, `--teacher`, `--before` and
+`--after` draw other networks in a picture of your own instead.
 """
 
 import subprocess
