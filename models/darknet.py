@@ -14,6 +14,7 @@ from .layers import REFUSED, SECTIONS, TRAINER_KEYS
 from .layers_conv import Convolution
 from .layers_dense import Connected
 from .macros import MACROS, primitives
+from .storage import Stored, store_maps
 from .yolo import HeadSpec, decode_all, diou_beta
 
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
@@ -37,6 +38,9 @@ class Darknet(nn.Module):
         built = _build(self.cfg)
         sections = [self.cfg.sections[0], *built.sections]
         self.expanded = self.cfg if built.places is None else Cfg(cfg.path, self.cfg.preamble, sections)
+        self.stored: Stored | None = None
+        if built.stores_maps:
+            built.layers, self.stored = store_maps(built.layers)
         self.layers = built.layers
         self.size, self.channels = built.image.size, built.image.channels  # (height, width) as [net] asks for
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)
@@ -165,7 +169,8 @@ def _build(cfg: Cfg) -> Built:
     net = cfg.sections[0]
     size = tuple(net.int(key, 416, minimum=1, maximum=MAX_SIDE) for key in ("height", "width"))
     channels = net.int("channels", 3, minimum=1, maximum=MAX_CHANNELS)
-    built = Built(Layer(nn.Identity(), (), channels, (size[0], size[1]), (1, 1)))
+    stores_maps = net.choice("map_bits", ("8", "32"), "32") == "8"
+    built = Built(Layer(nn.Identity(), (), channels, (size[0], size[1]), (1, 1)), stores_maps=stores_maps)
     _check_size(net, built.image)
     for section in primitives(cfg, built):
         builder = SECTIONS.get(section.name)

@@ -26,6 +26,11 @@ class Grid:
     is_symmetric: bool = False
 
     @property
+    def is_integer(self) -> bool:
+        """Tell whether integer kernels can compute with it."""
+        return max(self.w_bits, self.a_bits) <= BYTE_BITS
+
+    @property
     def weight_levels(self) -> tuple[int, int]:
         """Give the least and the greatest level of LSQ's and IAO's weights; as ONNX has it, 8 bits leave out -128."""
         if self.w_bits == 1:

@@ -74,6 +74,7 @@ class Built:
 
     image: Layer
     layers: list[Layer] = field(default_factory=list)
+    stores_maps: bool = False  # on 8 bits, as [net] asks
     filters_line: int = 0  # where the last convolution says filters=
     weights: int = 0  # that were asked for so far
     sections: list[Section] = field(default_factory=list)  # of the layers, as the expanded cfg has them

@@ -30,14 +30,18 @@ from .quant import QuantConv2d
 
 
 class Convolution(nn.Module):
-    """Convolution, batch normalisation (Identity where there is none), activation, and the blur of antialiasing."""
+    """Convolution, batch normalisation (Identity where there is none), activation, and the blur of antialiasing.
+
+    `levels`, and `early_levels` before the activation, are those of storage.py, where the cfg asks for them.
+    """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module, activation: nn.Module, blur: nn.Module) -> None:
         super().__init__()
         self.conv, self.bn, self.activation, self.blur = conv, bn, activation, blur
+        self.early_levels, self.levels = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blur(self.activation(self.bn(self._convolved(x))))
+        return self.levels(self.blur(self.activation(self.early_levels(self.bn(self._convolved(x))))))
 
     def _convolved(self, x: Tensor) -> Tensor:
         """Convolve; strided and large depthwise windows in float32, also where the CPU computes in bfloat16.

@@ -38,6 +38,7 @@ class Shortcut(nn.Module):
     def __init__(self, activation: nn.Module, weights: nn.Parameter | None = None, normalization: str = "none") -> None:
         super().__init__()
         self.activation, self.weights, self.normalization = activation, weights, normalization
+        self.levels = nn.Identity()  # or those of storage.py
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """Add maps [B, D, h, w] to the first one [B, C, H, W]."""
@@ -55,7 +56,7 @@ class Shortcut(nn.Module):
                 total = torch.cat((total[:, :D] + other, total[:, D:]), dim=1)
             else:
                 total = total + other
-        return self.activation(total)
+        return self.levels(self.activation(total))
 
     def normalised(self, weights: Tensor) -> Tensor:
         """Let the weights [inputs, 1 or C] of all inputs add up to nearly 1, as `weights_normalization` says."""
@@ -74,9 +75,10 @@ class ScaleChannels(nn.Module):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.activation = activation
+        self.levels = nn.Identity()  # or those of storage.py
 
     def forward(self, gate: Tensor, x: Tensor) -> Tensor:
-        return self.activation(x * gate)
+        return self.levels(self.activation(x * gate))
 
 
 class ChannelShuffle(nn.Module):

@@ -152,9 +152,7 @@ class QuantConv2d(nn.Conv2d):
         least, most = self.a_limits.unbind()
         if self.grid.is_symmetric:
             return (torch.maximum(-least, most) / high).clamp_min(FLOOR), low, high
-        step = ((most - least) / high).clamp_min(FLOOR)
-        zero = (-least / step).round().clamp(0, high)  # nudged, so that 0 is a level
-        return step, -zero, high - zero
+        return affine_grid(least, most, high)
 
     def start_step(self, x: Tensor) -> None:
         """Let the step of inputs start from a batch of them: 2·mean|x|/√(greatest level)."""
@@ -191,7 +189,7 @@ class QuantConv2d(nn.Conv2d):
         if self.is_starting:
             self.start_step(x)
         if grid.method == "iao" and self.training:
-            self._watch(x)
+            watch(self.a_limits, x, is_fresh=(self.a_limits == self.a_limits.new_tensor(self._first_limits)).all())
         step, low, _ = self.input_grid()
         share = (x[0].numel() * grid.input_levels[1]) ** -0.5
         return OnGrid.apply(x, step, low, 2**grid.a_bits - 1, share, False)
@@ -202,14 +200,23 @@ class QuantConv2d(nn.Conv2d):
             return self.w_step.view(-1, 1, 1, 1).clamp_min(FLOOR)
         return (self.weight.detach().abs().amax((1, 2, 3), keepdim=True) / self.grid.weight_levels[1]).clamp_min(FLOOR)
 
-    @torch.no_grad()
-    def _watch(self, x: Tensor) -> None:
-        """Let the range of inputs follow those of a batch; it always contains 0."""
-        least, most = x.detach().aminmax()
-        seen = torch.stack((least.clamp_max(0), most.clamp_min(0))).to(self.a_limits.dtype)
-        low, high = self._first_limits
-        is_fresh = (self.a_limits[0] == low) & (self.a_limits[1] == high)
-        self.a_limits.copy_(torch.where(is_fresh, seen, self.a_limits.lerp(seen, MOMENTUM)))
+
+def affine_grid(least: Tensor, most: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the step of `top` + 1 levels from `least` <= 0 to `most` >= 0, and the first and the last of them.
+
+    They are nudged, so that 0 is one.
+    """
+    step = ((most - least) / top).clamp_min(FLOOR)
+    zero = (-least / step).round().clamp(0, top)
+    return step, -zero, top - zero
+
+
+@torch.no_grad()
+def watch(limits: Tensor, x: Tensor, *, is_fresh: Tensor) -> None:
+    """Let limits [2] follow the range of a batch, which always contains 0; fresh ones become it."""
+    least, most = x.detach().aminmax()
+    seen = torch.stack((least.clamp_max(0), most.clamp_min(0))).to(limits.dtype)
+    limits.copy_(torch.where(is_fresh, seen, limits.lerp(seen, MOMENTUM)))
 
 
 @torch.no_grad()

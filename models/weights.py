@@ -23,7 +23,7 @@ from .cfg import Cfg, CfgError, load_cfg, parse
 from .darknet import Darknet
 from .layer import Layer
 from .packing import restore_weight
-from .quant import STATE, QuantConv2d
+from .quant import STATE
 
 log = logging.getLogger("darkslim.weights")
 
@@ -261,10 +261,9 @@ def _stale_steps(model: Darknet, checkpoint: Mapping[str, Any], path: str | Path
 
 def _reset_steps(layer: Layer, names: Iterable[str]) -> bool:
     """Let those quantisers of a layer start afresh whose tensors are named; tell whether there are any."""
-    found = [name.rpartition(".")[2] for name in names if name.endswith(STATE)]
-    conv = getattr(layer.module, "conv", None)
-    if found and isinstance(conv, QuantConv2d):
-        conv.reset_state(found)
+    found = [name.split(".")[-2:] for name in names if name.endswith(STATE)]
+    for module, tensor in found:
+        getattr(layer.module, module).reset_state([tensor])
     return bool(found)
 
 

@@ -104,6 +104,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "height": "rows of the network's input",
         "width": "columns of the network's input",
         "channels": "channels of the network's input",
+        "map_bits": "8: of a quantised network, the maps that its export stores on levels of their own have these in"
+        " training too ([quantisation.md](quantisation.md#integers)); 32: floating point",
     },
     COMMON: {
         "stopbackward": "1: this layer and all before it stay as they are, N: during the first N iterations",

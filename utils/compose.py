@@ -64,7 +64,7 @@ def compose(args: argparse.Namespace) -> str:
     draft = Draft(args.img_size, args.width, args.quantize or 0, args.attention, head.reads, yolos)
     backbone.write(draft)
     head.write(draft)
-    body = "\n".join([_net(args.img_size, classes, head.net), *draft.sections])
+    body = "\n".join([_net(args, classes, head.net), *draft.sections])
     with torch.device("meta"):
         model = Darknet(parse(body, args.output))
     flops = sum(layer.flops for layer in model.layers) / 1e9
@@ -171,12 +171,14 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join([*words, "-o", args.output])
 
 
-def _net(size: int, classes: int, own: Mapping[str, object]) -> str:
+def _net(args: argparse.Namespace, classes: int, own: Mapping[str, object]) -> str:
     batches = max(20000, 2000 * classes)
     keys = {"batch": 64, "subdivisions": 16, "momentum": "0.9", "decay": "0.0005", "angle": 0, "saturation": "1.5"}
     keys |= {"exposure": "1.5", "hue": ".1", "learning_rate": "0.001", "burn_in": 1000, "max_batches": batches}
     keys |= {"policy": "steps", "steps": f"{batches * 8 // 10},{batches * 9 // 10}", "scales": ".1,.1"} | dict(own)
-    lines = ["[net]", f"width={size}", f"height={size}", "channels=3", "# Darknet's own trainer"]
+    lines = ["[net]", f"width={args.img_size}", f"height={args.img_size}", "channels=3"]
+    lines += ["map_bits=8"] if args.quantize else []
+    lines += ["# Darknet's own trainer"]
     return "\n".join(lines + [f"{key}={value}" for key, value in keys.items()]) + "\n"
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from models import Darknet
+from models.storage import before_heads
 
 from .calibration import KINDS, calibrate, quiet
 from .device import CPU
 from .evaluate import Settings, evaluate
-from .integer_plan import before_heads
 from .labels import Labelled
 from .log import DataError
 from .onnx_metadata import Metadata
@@ -95,7 +95,7 @@ def prepare(
 def split(graph: Any, model: Darknet) -> list[Group]:
     """Give the groups of an ONNX model of make_onnx; the convolutions before heads and the decoding are in none."""
     ends = [place for place, node in enumerate(graph.graph.node) if node.output[0].startswith("raw_")]
-    heads = before_heads(model)
+    heads = before_heads(model.layers)
     nodes = [(layer_of(node.name), node) for node in graph.graph.node[: max(ends)] if not node.name.startswith("raw_")]
     convolve = {layer for layer, node in nodes if node.op_type == "Conv"} - heads
     groups: dict[int, list[str]] = {}

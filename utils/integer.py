@@ -5,12 +5,15 @@ import torch
 from models import Darknet
 from models.layers_conv import Convolution
 from models.quant import QuantConv2d
+from models.storage import before_heads
 
 from .int8 import FLOATS, layer_of, optimised
-from .integer_plan import Plan, before_heads
+from .integer_plan import Plan
 from .onnx_integer import byte_levels
 
 EXACT = 1e-6
+FROM_TRAINING = "as in training"
+CALIBRATED = "from calibration, which the training did not have (map_bits=8 in [net] gives it them)"
 UNFUSED = "not fused by ONNX Runtime"
 
 
@@ -21,14 +24,14 @@ def explain(model: Darknet, plan: Plan, data: bytes) -> list[str]:
     whole = sum(layer.flops for layer in layers.values())
     integer = sum(layer.flops for index, layer in layers.items() if kinds.get(index) == "QLinearConv")
     lines = [f"{integer / whole:.1%} of the quantised multiply-adds are computed in integers"]
-    heads, reasons = before_heads(model), dict[str, list[str]]()
+    heads, reasons = before_heads(model.layers), dict[str, list[str]]()
     for index, kind in kinds.items():
         if kind != "QLinearConv":
             reason = "before a head" if index in heads else _reason(model, plan, index)
             reasons.setdefault(reason, []).append(str(index))
     lines += [f"in float: layers {', '.join(indices)} ({reason})" for reason, indices in reasons.items()]
-    if calibrated := len({*plan.own, *plan.before}):
-        lines.append(f"{calibrated} maps have levels of their own, from calibration, which the training did not have")
+    if count := len({*plan.own, *plan.before}):
+        lines.append(f"{count} maps have levels of their own, {FROM_TRAINING if plan.is_trained else CALIBRATED}")
     error = max(moved(conv, plan.largest) for conv in plan.convs.values())
     if error > EXACT:
         lines.append(f"weights are moved by up to {error:.2%} of the greatest to fit {2 * plan.largest + 1} levels")

@@ -4,6 +4,8 @@ int8 weights, uint8 inputs and int32 biases.
 Concatenation, pooling, upsampling and slices of quantised maps run on their levels.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from models import Darknet
 from models.grid import BYTE_BITS
 from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
+from models.storage import MOVERS, SUMS, TOP, limits
 
-from .integer_plan import MOVERS, TOP, Plan, limits
+from .integer_plan import Plan
 from .onnx_graph import Graph
 from .onnx_layers import IMAGES, name_raws, window, write
 
@@ -26,6 +29,9 @@ class IntegerWriter:
     def __init__(self, g: Graph, model: Darknet, plan: Plan) -> None:
         self.g, self.model, self.plan = g, model, plan
         self.fused = model.fuse()
+        for block in self.fused.blocks:
+            if isinstance(block, (Convolution, *SUMS)):  # the plan has their levels
+                block.early_levels = block.levels = nn.Identity()
         self.reals: dict[int, str] = {-1: IMAGES}
         self.levels: dict[tuple[int, ActivationGrid], str] = {}
         self.shapes = {-1: (model.channels, *model.size)}
@@ -130,12 +136,10 @@ def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
     """Give levels of weights up to ±`largest` [O, I/groups, k, k] and their scales [O], in float64.
 
     Levels that are larger (DoReFa's of 8 bits are the odd numbers up to 255) are put on new ones over each channel's
-    own range; that is off by at most half of a new step. Smaller ones are multiplied, which changes nothing but the
-    unit of the bias: it becomes fine enough not to move the outputs.
+    own range; that is off by at most half of a new step.
     """
     levels, scale = (each.double() for each in conv.weight_levels())
-    times = largest / levels.abs().amax((1, 2, 3)).clamp_min(1)
-    times = torch.where(times < 1, times, times.floor())
+    times = (largest / levels.abs().amax((1, 2, 3)).clamp_min(1)).clamp_max(1)
     return (levels * times[:, None, None, None]).round(), scale / times
 
 
@@ -143,7 +147,8 @@ def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
 def fold(block: Convolution, largest: int, value: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fold batch normalisation: weights' levels (int8), scales [O], and biases [O] (int32).
 
-    The unit of a bias is a level of a weight times one of an input, which is read for `value`.
+    The unit of a bias is a level of a weight times one of an input, which is read for `value`. Levels of few bits are
+    multiplied by the number that leaves the least of the bias to rounding, which changes nothing else.
     """
     conv, bn = block.conv, block.bn
     levels, scale = byte_levels(conv, largest)
@@ -152,8 +157,18 @@ def fold(block: Convolution, largest: int, value: float) -> tuple[np.ndarray, np
         factor = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         bias = (bias - bn.running_mean.double()) * factor + bn.bias.double()
         levels, scale = levels * factor.sign()[:, None, None, None], scale * factor.abs()
+    times = finest(scale * value, bias, largest / levels.abs().amax((1, 2, 3)).clamp_min(1))
+    levels, scale = levels * times[:, None, None, None], scale / times
     least = (bias.abs() / (value * MAX_BIAS)).clamp_min(TINY)  # of a channel that is nearly constant
     kept = torch.maximum(scale, least).float()
     levels = (levels * (scale / kept)[:, None, None, None]).round()
     biases = (bias / (kept.double() * value)).round()
     return levels.numpy().astype(np.int8), kept.numpy(), biases.numpy().astype(np.int32)
+
+
+def finest(unit: Tensor, bias: Tensor, most: Tensor) -> Tensor:
+    """Give by what whole number up to `most` >= 1 to divide each unit, so that the nearest multiple is nearest."""
+    times = torch.arange(1, int(most.max()) + 1, dtype=bias.dtype)[:, None]
+    finer = unit / times
+    errors = ((bias / finer).round() * finer - bias).abs()
+    return errors.where(times <= most, math.inf).argmin(0) + 1

@@ -17,6 +17,7 @@ from models.layers_head import Softmax
 from models.layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from models.layers_pool import Activation, Blur, Crop, LocalAvgPool, MaxPool, Reorg, Reorg3d
 from models.quant import QuantConv2d
+from models.storage import Levels
 
 from .onnx_activations import ACTIVATIONS
 from .onnx_graph import Graph
@@ -52,7 +53,15 @@ def write(g: Graph, module: nn.Module, *inputs: str) -> str:
 
 def convolution(g: Graph, m: Convolution, x: str) -> str:
     assert isinstance(m.bn, nn.Identity), "folded"
-    return write(g, m.blur, write(g, m.activation, write(g, m.conv, x)))
+    for module in (m.conv, m.early_levels, m.activation, m.blur, m.levels):
+        x = write(g, module, x)
+    return x
+
+
+def levels(g: Graph, m: Levels, x: str) -> str:
+    """Write 256 levels as they train: numbers on a grid, computed in floating point."""
+    grid = m.grid()
+    return x if m.is_fresh else _on_grid(g, x, grid.step, float(-grid.zero), float(grid.top - grid.zero))
 
 
 def conv(g: Graph, m: nn.Conv2d, x: str) -> str:
@@ -67,8 +76,7 @@ def quant_conv(g: Graph, m: QuantConv2d, x: str) -> str:
         share = g.op("Clip", g.op("Div", x, float(m.grid.a_range)), 0.0, 1.0)
         x = g.op("Div", g.op("Round", g.op("Mul", share, n)), n)
     elif m.grid.a_bits != FLOAT_BITS:
-        step, low, high = map(float, m.input_grid())
-        x = g.op("Mul", g.op("Round", g.op("Clip", g.op("Div", x, step), low, high)), step)
+        x = _on_grid(g, x, *map(float, m.input_grid()))
     return _conv(g, x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
 
 
@@ -171,7 +179,7 @@ def shortcut(g: Graph, m: Shortcut, x: str, *others: str) -> str:
         if D < C:
             other = g.op("Pad", other, [0, 0, 0, 0, 0, C - D, 0, 0])
         total = g.op("Add", total, other)
-    return write(g, m.activation, total)
+    return write(g, m.levels, write(g, m.activation, total))
 
 
 def channel_shuffle(g: Graph, m: ChannelShuffle, x: str) -> str:
@@ -233,6 +241,10 @@ def window(
     return {name: list(values) for name, values in sides.items()} | {"group": groups}
 
 
+def _on_grid(g: Graph, x: str, step: float, low: float, high: float) -> str:
+    return g.op("Mul", g.op("Round", g.op("Clip", g.op("Div", x, step), low, high)), step)
+
+
 def _spread(g: Graph, x: str, channels: int, step: int) -> str:
     """Put the cells of a map on every n-th cell of a larger one, zeros between them."""
     ones = torch.ones(channels, 1, 1, 1)
@@ -244,6 +256,7 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     Convolution: convolution,
     nn.Conv2d: conv,
     QuantConv2d: quant_conv,
+    Levels: levels,
     BinaryConv2d: binary_conv,
     SharedConvolution: shared_convolution,
     Crnn: crnn,
@@ -262,7 +275,7 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     Activation: lambda g, m, x: write(g, m.function, x),
     Route: route,
     Shortcut: shortcut,
-    ScaleChannels: lambda g, m, gate, x: write(g, m.activation, g.op("Mul", x, gate)),
+    ScaleChannels: lambda g, m, gate, x: write(g, m.levels, write(g, m.activation, g.op("Mul", x, gate))),
     ChannelShuffle: channel_shuffle,
     Eca: eca,
     ChannelGate: channel_gate,
