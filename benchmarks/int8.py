@@ -188,18 +188,8 @@ no further training. mAP is the .onnx file's, on 72 test pictures of BCCD at {si
 moves by more than it from one to the next. Rows with mAP are timed at that size, a network in one run; those without at
 {SIDE}x{SIDE}, all in one run. Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of
 benchmarks/slimming.md, 5.9 M parameters."""
-    keys = (
-        "network",
-        "form",
-        "backend",
-        "side",
-        "mAP@.5",
-        "mAP@.5:.95",
-        "to simulated",
-        "MB",
-        "ms",
-        "± ms",
-    )
+    measured = ("mAP@.5", "mAP@.5:.95", "to simulated", "MB", "ms", "± ms")
+    keys = ("network", "form", "backend", "side", *measured)
     ordered = [{key: each[key] for key in keys if key in each} for each in rows + speeds]
     write_report("int8", "Integers: speed and accuracy", text, COMMAND, ordered, summary)
 
