@@ -2,12 +2,13 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.distillation
 
-Every student's training is the short protocol (protocol.py) on BCCD. The teacher is GhostNet-YOLOv3 after sparse
-training (benchmarks/slimming.py comes first), fine-tuned three times as long as its students will be; the first of them
-is cut from it to a quarter, by L2. Each strategy gets one seed, the best of them and fine-tuning alone get SEEDS, for
-slim-s too. Then a training step with a teacher is timed against one without and the teacher's forward pass. Writes
-benchmarks/distillation.md and .json; takes some three hours on 2 cores. Trainings that are done stay in
-runs/distillation, and a second call goes on from there. `--kd` takes some of the strategies.
+Every student's training is the short protocol (protocol.py) on BCCD. The first is the network that
+benchmarks/slimming.py, which comes first, makes a quarter of sparsely trained GhostNet-YOLOv3; the teacher is the
+unpruned one, fine-tuned three times as long as its students. Each strategy gets one seed, the best of them and
+fine-tuning alone get SEEDS, for slim-s too. A third student is cut from the teacher itself, by L2. Then a training step
+with a teacher is timed against one without and the teacher's forward pass. Writes benchmarks/distillation.md and .json;
+takes some three hours on 2 cores. Trainings that are done stay in runs/distillation, and a second call goes on from
+there. `--kd` takes some of the strategies.
 """
 
 import itertools
@@ -36,7 +37,7 @@ from utils.log import start_logging
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.distillation"
 WORK = Path("runs/distillation")
 LARGE, SMALL = "ghostnet-yolov3", "slim-s"
-SPARSE = Path(f"runs/slimming/{LARGE}-sparse/last.pt")  # of benchmarks/slimming
+SPARSE, SPARED = Path(f"runs/slimming/{LARGE}-sparse/last.pt"), Path(f"runs/slimming/{LARGE}-pruned")  # slimming's
 PRUNED = WORK / "pruned"
 TEACHER, TEACHER_EPOCHS = "distillation/teacher", 90
 ALONE = "alone"
@@ -63,18 +64,20 @@ def main() -> None:
     parser.add_argument("--kd", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:], help="strategies (default: all)")
     args = parser.parse_args()
     start_logging()
-    if not SPARSE.exists():
-        raise SystemExit(f"{SPARSE}: is not there (run python -m benchmarks.slimming first)")
+    if not (SPARED / "pruned.cfg").exists():
+        raise SystemExit(f"{SPARED}/pruned.cfg: is not there (run python -m benchmarks.slimming first)")
     WORK.mkdir(parents=True, exist_ok=True)
     data = write_bccd(Path("runs/bccd"))
     flags = ["--weights", str(SPARSE)]
     taught = run_protocol(TEACHER, "short", write_cfg(LARGE, "short", data), data, flags=flags, epochs=TEACHER_EPOCHS)
     cut = prune(PRUNED, TEACHER, data, 0.25, "--criterion", "l2", "--force")["networks"][-1]
     students = [
-        Student(f"pruned {LARGE}", PRUNED / "pruned.cfg", "", ("--weights", str(PRUNED / "pruned.weights"))),
+        Student(f"pruned {LARGE}", SPARED / "pruned.cfg", f"slimming/{LARGE}-tuned", weights_of(SPARED)),
         Student(SMALL, write_cfg(SMALL, "short", data), f"zoo/{slug(SMALL)}", ()),
     ]
     rows = compare(students, data, (ALONE, *args.kd), SEEDS)
+    third = Student(f"{LARGE} cut from its teacher", PRUNED / "pruned.cfg", "", weights_of(PRUNED))
+    rows += compare([third], data, (ALONE, "logits"), SEEDS[:1])
     side = PROTOCOLS["short"].side
     times = step_rows(students[0].cfg, load_model(*teacher_of(students[0])), side, PROTOCOLS["short"].batch)
     first, *others = (row for row in rows if row["student"] == students[0].name)
@@ -90,9 +93,9 @@ def main() -> None:
     }
     text = f"""Short protocol on BCCD ({side}x{side}, 30 epochs, batch 16); `--kd-weight auto` at its default share.
 The teacher is {LARGE} after sparse training and {TEACHER_EPOCHS} epochs of fine-tuning: mAP@.5 {taught["map50"]:.3f},
-mAP@.5:.95 {taught["map50_95"]:.3f}. Its student is the quarter of it that L2 leaves, mAP@.5 {cut["map50"]:.3f},
-mAP@.5:.95 {cut["map50_95"]:.3f} before fine-tuning: cut by sparse training's |γ| it loses nothing (slimming.md), and
-has nothing to win back.
+mAP@.5:.95 {taught["map50_95"]:.3f}. The pruned one is cut by |γ| from what sparse training left (slimming.md), and
+starts from there; the last one from a quarter of the teacher itself that L2 leaves, mAP@.5 {cut["map50"]:.3f},
+mAP@.5:.95 {cut["map50_95"]:.3f}.
 
 `difference` is to the same student alone with the same seeds, in mAP@.5:.95; where a row has one seed, the standard
 error of a paired difference on these 72 test pictures is about 0.003 in mAP@.5 and 0.004 in mAP@.5:.95, and the best of
@@ -101,6 +104,11 @@ several is better than it is.
 A step: the pruned network at batch 16, in turn in one process; the ratio is that of a step with a teacher to the sum of
 a step without and the teacher's forward pass, median over rounds."""
     write_report("distillation", "Distillation", text, COMMAND, rows + times, summary)
+
+
+def weights_of(folder: Path) -> tuple[str, str]:
+    """Give the flags that start a student from a pruned network."""
+    return "--weights", str(folder / "pruned.weights")
 
 
 def teacher_of(student: Student) -> tuple[Any, Path]:
