@@ -29,8 +29,6 @@ from benchmarks.bccd import write_bccd
 from benchmarks.protocol import PROTOCOLS, run_all, run_protocol
 from benchmarks.report import make_table, write_report
 from benchmarks.zoo import LIGHT, NETWORKS
-from models import load_model
-from models.weights import checkpoint_cfg, load_checkpoint
 from utils.benchmark import Entry, make_entries, measure
 from utils.cli import positive
 from utils.compose import compose, make_compose_parser
@@ -38,7 +36,6 @@ from utils.device import CPU
 from utils.evaluate import Settings, evaluate
 from utils.labels import check_labels
 from utils.lists import load_data
-from utils.network import Network
 from utils.runtime import OnnxNetwork
 
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.int8"
@@ -95,44 +92,40 @@ def compare_forms(name: str, data: Path, args: argparse.Namespace) -> list[dict[
         rows.append(row(name, form, speed) | {"mAP@.5": figures["map50"], "mAP@.5:.95": figures["map50_95"]})
         rows[-1]["MB"] = file.stat().st_size / 1e6
     for bits, each in zip(BITS, rows[2:], strict=True):
-        each["to simulated"] = differ(Path(f"runs/int8/{name}-{bits}/last.pt"), files[each["form"]], data)
+        simulated = export(Path(f"runs/int8/{name}-{bits}/last.pt"), f"{name}-{bits}-simulated")
+        each["to simulated"] = differ(simulated, files[each["form"]], data)
     return rows
 
 
-def differ(weights: Path, file: Path, data: Path) -> str:
+def differ(simulated: Path, integers: Path, data: Path) -> str:
     """Say by how much mAP@.5 of a network in integers differs from its simulated form: mean, and its standard error.
 
-    One rounding error decides over the levels of all layers behind it, so a single comparison says little.
+    One rounding error decides over the levels of all layers behind it, so that a single comparison says little.
     """
-    figures = file.with_suffix(".difference.json")
-    if not figures.exists() or figures.stat().st_mtime < file.stat().st_mtime:
+    figures = integers.with_suffix(".difference.json")
+    if not figures.exists() or figures.stat().st_mtime < integers.stat().st_mtime:
         spec = load_data(data)
         labelled = check_labels(spec.valid, len(spec.names))
-        simulated = load_model(checkpoint_cfg(load_checkpoint(weights), weights), weights).fuse()
-        networks = simulated, OnnxNetwork(str(file), file.read_bytes())
-        settings = Settings(simulated.size)
+        networks = Dimmed(simulated), Dimmed(integers)
 
-        def map50(network: Network, brightness: float) -> float:
-            return evaluate(Dimmed(network, brightness), labelled, spec.names, settings, device=CPU)[0].map50
+        def map50(network: Dimmed, brightness: float) -> float:
+            network.brightness = brightness
+            return evaluate(network, labelled, spec.names, Settings(network.size), device=CPU)[0].map50
 
         pairs = [[map50(network, brightness) for network in networks] for brightness in BRIGHTNESSES]
         figures.write_text(json.dumps(pairs))
-    apart = [integers - simulated for simulated, integers in json.loads(figures.read_text())]
+    apart = [theirs - ours for ours, theirs in json.loads(figures.read_text())]
     error = statistics.stdev(apart) / len(apart) ** 0.5
     return f"{statistics.mean(apart):+.4f} ± {error:.4f}"
 
 
-class Dimmed:
-    """A network that sees pictures darker."""
+class Dimmed(OnnxNetwork):
+    """An .onnx that sees pictures darker."""
 
-    def __init__(self, network: Network, brightness: float) -> None:
-        self.network, self.brightness = network, brightness
+    brightness = 1.0
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.network(x * self.brightness)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
+        return super().__call__(x * self.brightness)
 
 
 def compare_speed(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -184,10 +177,10 @@ and those before heads as [quan_convolutional] with w_bits=b and a_bits=b (a_ran
 from the float weights by the short protocol (epochs: {epochs}; one seed), and exported as integers; the float rows had
 no further training. mAP is the .onnx file's, on 72 test pictures of BCCD at {side}x{side}; its standard error is about
 0.017, of a difference 0.003. "to simulated" is the mAP@.5 of the integers less that of the network as it was trained
-(map_bits=8), mean and standard error over {len(BRIGHTNESSES)} tests on pictures darkened by 0 to 2 %: either form alone
-moves by more than it from one to the next. Rows with mAP are timed at that size, a network in one run; those without at
-{SIDE}x{SIDE}, all in one run. Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of
-benchmarks/slimming.md, 5.9 M parameters."""
+(map_bits=8), mean and standard error over {len(BRIGHTNESSES)} tests on the same pictures, darker by up to
+{1 - BRIGHTNESSES[-1]:.1%}: one form alone moves by as much from test to test, for rounding errors decide over whole
+levels. Rows with mAP are timed at that size, a network in one run; those without at {SIDE}x{SIDE}, all in one run.
+Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of benchmarks/slimming.md, 5.9 M parameters."""
     measured = ("mAP@.5", "mAP@.5:.95", "to simulated", "MB", "ms", "± ms")
     keys = ("network", "form", "backend", "side", *measured)
     ordered = [{key: each[key] for key in keys if key in each} for each in rows + speeds]

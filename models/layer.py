@@ -13,6 +13,7 @@ from torch import nn
 from .activations import ACTIVATIONS
 from .cfg import Section
 from .channels import Flow, same
+from .quant import STATE
 from .yolo import HeadSpec
 
 MAX_FILTERS, MAX_KERNEL = 65536, 1024  # far beyond any network: larger values are typing mistakes
@@ -61,6 +62,11 @@ class Layer:
     references: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # layers that its index keys name
     owner: int | None = None  # the layer whose tensors it uses
     guesses: frozenset[str] = frozenset()  # "channels", "size": what a mistake before makes uncertain
+
+    @property
+    def has_weights(self) -> bool:
+        """Tell whether it has tensors beside what quantisers learn or see."""
+        return any(not name.endswith(STATE) for name in self.tensors)
 
     @property
     def sets_channels(self) -> bool:

@@ -214,7 +214,7 @@ def affine_grid(least: Tensor, most: Tensor, top: int) -> tuple[Tensor, Tensor, 
 @torch.no_grad()
 def watch(limits: Tensor, x: Tensor, *, is_fresh: Tensor) -> None:
     """Let limits [2] follow the range of a batch, which always contains 0; fresh ones become it."""
-    seen = torch.stack((x.amin().clamp_max(0), x.amax().clamp_min(0))).to(limits.dtype)  # aminmax is 5 times as slow
+    seen = torch.stack((x.amin().clamp_max(0), x.amax().clamp_min(0))).to(limits.dtype)
     limits.copy_(torch.where(is_fresh, seen, limits.lerp(seen, MOMENTUM)))
 
 

@@ -3,13 +3,13 @@
 A map that all its readers quantise alike is stored as they read it, and the activation before vanishes into the ends of
 the grid. Whatever else comes out of integers (the map before a shortcut or a head, or before an activation that
 integers do not compute) is stored on 256 levels of its own. `map_bits=8` in [net] makes them a part of the network:
-training sees the very numbers that an exported one computes with.
+training, in FP32, sees the very numbers that an exported one computes with.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .layer import Layer
 from .layers_conv import Convolution
 from .layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from .layers_pool import MaxPool
-from .quant import STATE, ActivationGrid, QuantConv2d, affine_grid, watch
+from .quant import ActivationGrid, QuantConv2d, affine_grid, watch
 from .quantisers import OnGrid
 
 TOP = 255
@@ -46,12 +46,12 @@ class Levels(nn.Module):
 
     @property
     def is_fresh(self) -> bool:
-        """Tell whether no batch has been seen."""
-        return not self.a_limits.any()
+        """Tell whether neither it nor a peer has seen a batch."""
+        return not any(peer.a_limits.any() for peer in self.peers)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            watch(self.a_limits, x, is_fresh=(self.a_limits == 0).all())
+            watch(self.a_limits, x, is_fresh=~self.a_limits.any())
         elif self.is_fresh:
             return x
         step, low, _ = self._range()
@@ -63,8 +63,8 @@ class Levels(nn.Module):
         return ActivationGrid(float(step), -int(low), TOP, float(step))
 
     @torch.no_grad()
-    def reset_state(self, names: Collection[str] = STATE) -> None:
-        """Forget what has been seen."""
+    def reset_state(self, names: Collection[str] = ()) -> None:
+        """Forget what has been seen; it has nothing else, whatever the names."""
         self.a_limits.zero_()
 
     def _range(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +146,12 @@ def store_maps(layers: Sequence[Layer]) -> tuple[list[Layer], Stored]:
     grids = {index: _stand_in(index, conv) for index, conv in convs.items()}
     stored, made = find_stored(layers, grids, find_readers(layers, grids)), list(layers)
     for index in stored.before:
-        made[index] = _attach(made[index], "early_levels")
+        made[index] = _attach(made[index], "early_levels", Levels())
     for group in stored.groups:
-        members = [index for index in group if not isinstance(made[index].module, MOVERS)]
-        for index in members:
-            made[index] = _attach(made[index], "levels")
-        peers = tuple(cast(Levels, made[index].module.levels) for index in members)
-        for levels in peers:
-            levels.peers = peers
+        levels = {index: Levels() for index in group if not isinstance(made[index].module, MOVERS)}
+        for index, each in levels.items():
+            each.peers = tuple(levels.values())
+            made[index] = _attach(made[index], "levels", each)
     return made, stored
 
 
@@ -186,9 +184,9 @@ def _stand_in(index: int, conv: QuantConv2d) -> ActivationGrid:
     grid = conv.grid
     if grid.method == "dorefa" and (fixed := conv.activation_grid()):
         return fixed
-    return ActivationGrid(1.0, int(grid.method == "iao" or grid.is_symmetric), 2**grid.a_bits - 1, float(index))
+    return ActivationGrid(1.0, int(grid.method == "iao" or grid.is_symmetric), 2**grid.a_bits - 1, -1.0 - index)
 
 
-def _attach(layer: Layer, place: str) -> Layer:
-    setattr(layer.module, place, Levels())
+def _attach(layer: Layer, place: str, levels: Levels) -> Layer:
+    setattr(layer.module, place, levels)
     return replace(layer, tensors={**layer.tensors, f"{place}.a_limits": ""})

@@ -81,7 +81,7 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
             if not all(state[name].isfinite().all() for name in _state_names(index, layer) if name in state):
                 raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
             filled.append(index)
-    if not any(model.layers[index].tensors for index in filled):
+    if not any(model.layers[index].has_weights for index in filled):
         raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
     fresh = 0
     for index in filled:  # all has been checked: a refused file changes nothing
@@ -93,7 +93,9 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
         fresh += _reset_steps(layer, {*names} - {*found})
     surplus = sum(name.endswith(STATE) and name not in own for name in state)
     if fresh or surplus:
-        what = f"has no steps for {fresh} quantised layers of" if fresh else f"has {surplus} steps too many for"
+        what = (
+            f"has no steps or ranges for {fresh} layers of" if fresh else f"has {surplus} steps or ranges too many for"
+        )
         log.info("%s: %s %s: they %s", path, what, model.cfg.path, "start afresh" if fresh else "are left out")
     return filled
 
@@ -181,7 +183,7 @@ def count_layers(model: Darknet, values: int, path: str | Path, *, has_steps: bo
     held = f"the file holds {values} values, {model.cfg.path} takes {ends[-1]}"
     if values > ends[-1]:
         raise WeightsError(
-            f"{path}: is too long: {held} (the weights of another cfg? those of method=lsq or iao load as .pt)"
+            f"{path}: is too long: {held} (another cfg's? those of method=lsq, iao or map_bits=8 load as .pt)"
         )
     if values == 0 or values != ends[count - 1]:
         raise WeightsError(f"{path}: ends inside layer {count}: {held} (cut off, or the weights of another cfg?)")
@@ -213,7 +215,7 @@ def _load_darknet(model: Darknet, path: str | Path) -> list[int]:
             start += tensor.numel()
     if not has_steps:
         fresh = sum(_reset_steps(layer, layer.tensors) for layer in model.layers[:count])
-        log.info("%s: has no steps for %d quantised layers of %s: they start afresh", path, fresh, model.cfg.path)
+        log.info("%s: has no steps or ranges for %d layers of %s: they start afresh", path, fresh, model.cfg.path)
     model.header = header
     return [index for index in range(count) if not model.layers[index].rules.skip_load]
 

@@ -134,6 +134,18 @@ def test_features_are_those_of_the_release(name: str, convert, tmp_path: Path) -
     assert difference(features_of_cfg(model, picture()), features_of(release, outputs, picture())) < 1e-5
 
 
+def test_levels_of_maps_ask_for_no_weights(convert, tmp_path: Path) -> None:
+    release = randomised(releases.GhostNet())
+    torch.save(release.state_dict(), "release.pth")
+    filled = []
+    for name, flags in {"float": (), "quantised": ("--quantize", "8")}.items():
+        cfg = make_cfg(tmp_path / f"{name}.cfg", "ghostnet-imagenet", *flags)
+        outcome = convert(cfg, "release.pth", f"{name}.pt")
+        assert outcome.status == 0, outcome.err
+        filled.append(load_weights(Darknet(load_cfg(cfg)), f"{name}.pt"))
+    assert filled[0] == filled[1]
+
+
 def padded_before(conv: nn.Conv2d, features: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
     """Run a release on a normalised picture whose padding is black too, as our networks pad."""
     (padding,) = set(conv.padding)

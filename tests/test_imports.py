@@ -36,6 +36,7 @@ FLOORS = {
     "models/layers_pool.py": 2,
     "models/layers.py": 2,
     "models/macros.py": 2,
+    "models/storage.py": 2,
     "models/__init__.py": 3,
     "models/darknet.py": 3,
     "models/weights.py": 3,

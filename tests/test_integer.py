@@ -110,7 +110,7 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
     model = make(network(w, a, *keys), net)
     x = torch.rand(16, 3, 64, 64)
     writer, _, data = write(model, x)
-    assert writer.plan.is_trained == (net == STORED)
+    assert ({*writer.plan.own, *writer.plan.before} == writer.plan.trained) == (net == STORED)
     levels = find_levels(writer, data, x)
     compared = 0
     for index, block in enumerate(model.blocks):
@@ -129,6 +129,18 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
         assert len(wanted.unique()) > 1
         compared += 1
     assert compared >= (1 if keys else 4)  # where steps are learned readers rarely share one
+
+
+@torch.inference_mode()
+def test_what_saw_no_batch_is_calibrated_alone() -> None:
+    model, x = make(network(7, 8), STORED), torch.rand(2, 3, 64, 64)
+    whole = make_plan(model, [x])
+    model.blocks[11].levels.reset_state()
+    plan = make_plan(model, [x])
+    assert whole.trained - plan.trained == {11}
+    assert plan.own[11] != whole.own[11]
+    assert {**plan.own, 11: None} == {**whole.own, 11: None}
+    assert plan.before == whole.before
 
 
 def test_integers_run_wherever_the_cfg_is_quantised() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Darknet, dump, load_cfg, load_model, parse, save_weights
+from models.storage import Levels
 from tests.networks import FIXTURES, ROOT, name, seeded
 from utils.log import DataError
 from utils.residual_blocks import Block, choose_blocks, find_blocks, importance_of, remove_blocks
@@ -88,6 +89,15 @@ def test_blocks_in_blocks(blocks: slice, tmp_path: Path) -> None:
     nested = [(a, b) for a, b in itertools.pairwise(found) if a.first == b.first and a.last < b.last]
     assert len(nested) == 1
     check_exact(model, found if blocks == slice(None) else list(nested[0][blocks]), tmp_path)
+
+
+def test_a_sum_may_get_levels_that_it_had_not() -> None:
+    own = "[quan_convolutional]\nbatch_normalize=1\nfilters=8\nactivation=linear\n"
+    body = own.replace("filters", "w_bits=16\nfilters")
+    model = Darknet(parse(f"[net]\nwidth=32\nheight=32\nmap_bits=8\n{own}{body}{ADD}{own}{ADD}{HEAD}"))
+    assert not isinstance(model.blocks[4].levels, Levels)
+    removed = remove_blocks(model, find_blocks(model)[:1], path="pruned.cfg")
+    assert removed.blocks[2].levels.is_fresh
 
 
 def test_a_block_around_another_and_a_layer_of_its_own(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def match(model: Darknet, groups: Sequence[Group], path: str | Path) -> Match:
     pairs: list[tuple[int, Group]] = []
     skipped, fresh = [], []
     following = None  # the layer that disagrees
-    for index in (index for index, layer in enumerate(model.layers) if layer.tensors):
+    for index in (index for index, layer in enumerate(model.layers) if layer.has_weights):
         each = groups[len(pairs)] if len(pairs) < len(groups) else None
         if each and _fits(model.layers[index], each):
             pairs.append((index, each))
@@ -217,7 +217,7 @@ def _fits(layer: Layer, each: Group) -> bool:
 def _is_own_gate(model: Darknet, index: int, each: Group) -> bool:
     """Tell whether a layer is of an attention section, all of whose layers are gates, and `each` is of another kind."""
     line = _line(model, index)
-    members = [layer for i, layer in enumerate(model.layers) if layer.tensors and _line(model, i) == line]
+    members = [layer for i, layer in enumerate(model.layers) if layer.has_weights and _line(model, i) == line]
     is_other = each.bn is not None or not isinstance(model.layers[index].module, Convolution)
     return is_other and all(map(_is_gate, members))
 

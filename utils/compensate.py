@@ -94,8 +94,10 @@ def _outputs(module: nn.Module, inputs: list[Tensor]) -> Tensor:
     """Give what a layer puts out for constant inputs [C]; the mean of a normalised channel is its β."""
     norm = module if isinstance(module, _NormBase) else getattr(module, "bn", None)
     if isinstance(norm, _NormBase):
-        activation = getattr(module, "activation", nn.Identity())
-        return activation(norm.bias[None, :, None, None].clone())[0, :, 0, 0]
+        y = norm.bias[None, :, None, None].clone()
+        for name in ("early_levels", "activation", "levels"):
+            y = getattr(module, name, nn.Identity())(y)
+        return y[0, :, 0, 0]
     if isinstance(module, Connected):
         return module.activation(module.linear.bias[None, :, None, None].clone())[0, :, 0, 0]
     return _middle(module(*[_map(each, (SIDE, SIDE)) for each in inputs]))

@@ -20,6 +20,7 @@ from models import Darknet, parse
 from models.cfg import suggest
 from models.darknet import MAX_SIDE as MAX_ANCHOR
 from models.darknet import count_parameters
+from models.grid import BYTE_BITS
 from models.layer import MAX_FILTERS
 
 from .anchors import anchor_fit, box_sizes, fit_anchors, rounded
@@ -177,7 +178,7 @@ def _net(args: argparse.Namespace, classes: int, own: Mapping[str, object]) -> s
     keys |= {"exposure": "1.5", "hue": ".1", "learning_rate": "0.001", "burn_in": 1000, "max_batches": batches}
     keys |= {"policy": "steps", "steps": f"{batches * 8 // 10},{batches * 9 // 10}", "scales": ".1,.1"} | dict(own)
     lines = ["[net]", f"width={args.img_size}", f"height={args.img_size}", "channels=3"]
-    lines += ["map_bits=8"] if args.quantize else []
+    lines += ["map_bits=8"] if args.quantize and args.quantize <= BYTE_BITS else []
     lines += ["# Darknet's own trainer"]
     return "\n".join(lines + [f"{key}={value}" for key, value in keys.items()]) + "\n"
 

@@ -13,7 +13,7 @@ from .onnx_integer import byte_levels
 
 EXACT = 1e-6
 FROM_TRAINING = "as in training"
-CALIBRATED = "from calibration, which the training did not have (map_bits=8 in [net] gives it them)"
+CALIBRATED = "from calibration, which the training did not have (map_bits=8 in [net], and training, give it them)"
 UNFUSED = "not fused by ONNX Runtime"
 
 
@@ -30,8 +30,9 @@ def explain(model: Darknet, plan: Plan, data: bytes) -> list[str]:
             reason = "before a head" if index in heads else _reason(model, plan, index)
             reasons.setdefault(reason, []).append(str(index))
     lines += [f"in float: layers {', '.join(indices)} ({reason})" for reason, indices in reasons.items()]
-    if count := len({*plan.own, *plan.before}):
-        lines.append(f"{count} maps have levels of their own, {FROM_TRAINING if plan.is_trained else CALIBRATED}")
+    own = {*plan.own, *plan.before}
+    for count, origin in ((len(plan.trained), FROM_TRAINING), (len(own - plan.trained), CALIBRATED)):
+        lines += [f"{count} maps have levels of their own, {origin}"] if count else []
     error = max(moved(conv, plan.largest) for conv in plan.convs.values())
     if error > EXACT:
         lines.append(f"weights are moved by up to {error:.2%} of the greatest to fit {2 * plan.largest + 1} levels")

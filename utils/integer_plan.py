@@ -20,8 +20,8 @@ class Plan(NamedTuple):
 
     `read` has for every layer the grids that its readers quantise it on, None for those that want real numbers. `own`
     are the grids of layers that have one, `before` the same of convolutions that have it before their activation.
-    `largest` is the greatest level of a weight, `convs` are the convolutions that compute in integers, `is_trained`
-    says that the training had the grids that layers have of their own.
+    `largest` is the greatest level of a weight, `convs` are the convolutions that compute in integers. Of the layers
+    with a grid of their own `trained` are those that had it in training.
     """
 
     convs: dict[int, QuantConv2d]
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     own: dict[int, ActivationGrid]
     before: dict[int, ActivationGrid]
     largest: int = 127
-    is_trained: bool = False
+    trained: frozenset[int] = frozenset()
 
     def target(self, index: int) -> ActivationGrid | None:
         """Give the grid on which all readers of a layer quantise it, None where there is no such."""
@@ -45,19 +45,25 @@ def make_plan(model: Darknet, inputs: Iterable[Tensor], *, reduce_range: bool = 
     grids = {index: conv.activation_grid() for index, conv in convs.items()}
     read, largest = find_readers(model.layers, grids), 63 if reduce_range else 127
     groups, before = model.stored or find_stored(model.layers, grids, read)
-    own: dict[int, ActivationGrid] = {}
-    if model.stored and not any(module.is_fresh for module in model.modules() if isinstance(module, Levels)):
-        for group in groups:
-            first = next(index for index in group if not isinstance(model.blocks[index], MOVERS))
-            own |= dict.fromkeys(group, model.blocks[first].levels.grid())
-        early = {index: model.blocks[index].early_levels.grid() for index in before}
-        return Plan(convs, read, own, early, largest, is_trained=True)
-    shared = [*itertools.chain(*groups)]
-    ranges = observe(model.fuse(), shared, before, inputs) if shared or before else {}
-    for group in groups:
+    trained = {index: levels.grid() for index, levels in _seen(model, groups, before).items()}
+    shared = [group for group in groups if group[0] not in trained]
+    early = [index for index in before if index not in trained]
+    ranges = observe(model.fuse(), [*itertools.chain(*shared)], early, inputs) if shared or early else {}
+    found = trained | {index: _grid(*ranges[index]) for index in early}
+    for group in shared:
         lows, highs = zip(*(ranges[index] for index in group), strict=True)
-        own |= dict.fromkeys(group, _grid(min(lows), max(highs)))
-    return Plan(convs, read, own, {index: _grid(*ranges[index]) for index in before}, largest)
+        found |= dict.fromkeys(group, _grid(min(lows), max(highs)))
+    own = {index: found[index] for index in itertools.chain(*groups)}
+    return Plan(convs, read, own, {index: found[index] for index in before}, largest, frozenset(trained))
+
+
+def _seen(model: Darknet, groups: Iterable[Sequence[int]], before: Iterable[int]) -> dict[int, Levels]:
+    """Give the levels of layers on which training has seen batches."""
+    found = {index: model.blocks[index].early_levels for index in before}
+    for group in groups:
+        first = next(index for index in group if not isinstance(model.blocks[index], MOVERS))
+        found |= dict.fromkeys(group, model.blocks[first].levels)
+    return {i: each for i, each in found.items() if isinstance(each, Levels) and not each.is_fresh}
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from models import Darknet
 from models.grid import BYTE_BITS
 from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
-from models.storage import MOVERS, SUMS, TOP, limits
+from models.storage import MOVERS, TOP, Levels, limits
 
 from .integer_plan import Plan
 from .onnx_graph import Graph
@@ -29,9 +29,9 @@ class IntegerWriter:
     def __init__(self, g: Graph, model: Darknet, plan: Plan) -> None:
         self.g, self.model, self.plan = g, model, plan
         self.fused = model.fuse()
-        for block in self.fused.blocks:
-            if isinstance(block, (Convolution, *SUMS)):  # the plan has their levels
-                block.early_levels = block.levels = nn.Identity()
+        for module in self.fused.modules():
+            if isinstance(module, Levels):  # the plan has them
+                module.reset_state()
         self.reals: dict[int, str] = {-1: IMAGES}
         self.levels: dict[tuple[int, ActivationGrid], str] = {}
         self.shapes = {-1: (model.channels, *model.size)}

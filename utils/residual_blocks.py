@@ -88,7 +88,7 @@ def remove_blocks(model: Darknet, blocks: Sequence[Block], *, path: str) -> Dark
     with torch.no_grad():
         for old in np.flatnonzero(is_kept):
             source, target = model.layers[old], compact.layers[place[old]]
-            for name in target.tensors:
+            for name in target.tensors.keys() & source.tensors.keys():  # a sum may get levels that it had not
                 attrgetter(name)(target.module).copy_(attrgetter(name)(source.module))
     return compact.eval()
 
@@ -114,7 +114,7 @@ def _powers(model: Darknet) -> list[float]:
             power = powers[layer.owner]
         elif isinstance(layer.module, Shortcut):
             power = inputs.sum()
-        elif layer.tensors or not known.any():  # a convolution with a bias, a gate
+        elif layer.has_weights or not known.any():  # a convolution with a bias, a gate
             power = np.nan
         else:
             power = np.average(inputs[known], weights=[model.layers[i].channels for i in np.array(layer.inputs)[known]])
