@@ -180,7 +180,8 @@ no further training. mAP is the .onnx file's, on 72 test pictures of BCCD at {si
 (map_bits=8), mean and standard error over {len(BRIGHTNESSES)} tests on the same pictures, darker by up to
 {1 - BRIGHTNESSES[-1]:.1%}: one form alone moves by as much from test to test, for rounding errors decide over whole
 levels. Rows with mAP are timed at that size, a network in one run; those without at {SIDE}x{SIDE}, all in one run.
-Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of benchmarks/slimming.md, 5.9 M parameters."""
+Batch 1, medians and quartile spreads of timings in turn. pruned: {GHOST} of benchmarks/slimming.md, 5.9 M
+parameters."""
     measured = ("mAP@.5", "mAP@.5:.95", "to simulated", "MB", "ms", "± ms")
     keys = ("network", "form", "backend", "side", *measured)
     ordered = [{key: each[key] for key in keys if key in each} for each in rows + speeds]

@@ -142,7 +142,7 @@ def test_a_file_that_ends_inside_a_layer_is_refused(tmp_path: Path) -> None:
         (struct.pack("<3iq", 0, -1, 0, 0), "is not a Darknet weights file (its version reads 0.-1.0)"),
         (
             "whole",
-            "is too long: the file holds MORE values, CFG takes ALL (the weights of another cfg? those of method=",
+            "is too long: the file holds MORE values, CFG takes ALL (another cfg's? those of method=",
         ),
         ("nan", "holds NaN or infinity in layer 2 (a failed training?)"),
         ("inf", "holds NaN or infinity in layer 25 (a failed training?)"),
