@@ -5,10 +5,10 @@
 Every student's training is the short protocol (protocol.py) on BCCD. The first is the network that
 benchmarks/slimming.py, which comes first, makes a quarter of sparsely trained GhostNet-YOLOv3; the teacher is the
 unpruned one, fine-tuned three times as long as its students. Each strategy gets one seed, the best of them and
-fine-tuning alone get SEEDS, for slim-s too. A third student is cut from the teacher itself, by L2. Then a training step
-with a teacher is timed against one without and the teacher's forward pass. Writes benchmarks/distillation.md and .json;
-takes some three hours on 2 cores. Trainings that are done stay in runs/distillation, and a second call goes on from
-there. `--kd` takes some of the strategies.
+fine-tuning alone get SEEDS; slim-s learns by the best. A third student is cut from the teacher itself, by L2. Then a
+training step with a teacher is timed against one without and the teacher's forward pass. Writes
+benchmarks/distillation.md and .json; takes some three hours on 2 cores. Trainings that are done stay in
+runs/distillation, and a second call goes on from there. `--kd` takes some of the strategies.
 """
 
 import itertools
@@ -41,7 +41,7 @@ SPARSE, SPARED = Path(f"runs/slimming/{LARGE}-sparse/last.pt"), Path(f"runs/slim
 PRUNED = WORK / "pruned"
 TEACHER, TEACHER_EPOCHS = "distillation/teacher", 90
 ALONE = "alone"
-VARIANTS = (ALONE, *KINDS, "logits+cwd", "logits+box+cwd")
+VARIANTS = (ALONE, *KINDS, "pkd+box")
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 
@@ -125,17 +125,18 @@ def compare(
     *,
     epochs: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the first student by every variant, all of them alone and by its best one with all seeds."""
+    """Train the first student by every variant, alone and by the best with all seeds; the others so with the first."""
     named = {student.name: student for student in students}
 
     def run(keys: list[Key]) -> dict[Key, dict[str, Any]]:
         tasks = {"/".join(map(str, key)): partial(train, named[key[0]], data, *key[1:], epochs) for key in keys}
         return dict(zip(keys, run_all(tasks).values(), strict=True))
 
-    first = students[0].name
+    first, *others = named
     scores = run([(first, variant, seeds[0]) for variant in variants])
     best = max(variants[1:], key=lambda variant: scores[first, variant, seeds[0]]["map50_95"])
-    scores |= run(list(itertools.product(named, (ALONE, best), seeds)))
+    compared = (ALONE, best)
+    scores |= run([*itertools.product([first], compared, seeds), *itertools.product(others, compared, seeds[:1])])
     shown = dict.fromkeys((name, variant) for name, variant, _ in scores)
     return [make_row(named[name], variant, scores) for name, variant in shown]
 
