@@ -44,7 +44,7 @@ GHOST, PRUNED = "ghostnet-yolov3", Path("runs/slimming/ghostnet-yolov3-tuned/las
 BITS = (8, 4, 2)  # of weights and activations
 EPOCHS = {LIGHT: 30, GHOST: 10}
 SIDE, ROUNDS = 416, 40  # of the comparison of speed
-BRIGHTNESSES = [1 - 0.002 * i for i in range(10)]  # of pictures in the comparison with the simulated form
+BRIGHTNESSES = [1 - 0.001 * i for i in range(20)]  # of pictures in the comparison with the simulated form
 MAX_DROP = 0.003  # of mAP@.5 by the form that the summary is of
 
 
