@@ -20,7 +20,7 @@ from . import output_distillation as outputs
 from .head_pairs import Pair, feature_layer, find_pairs
 from .log import DataError
 
-DEFAULT = ("logits", "cwd")
+DEFAULT = ("pkd",)
 SCHEDULES = ("constant", "cosine")
 TEMPERATURES = {"logits": 2.0, "cwd": 1.0}
 MEMORY = 0.95  # of the running means that auto goes by: some twenty batches count
@@ -31,11 +31,11 @@ MOST = 1e4  # weight that auto gives at most: what is left between like networks
 class Lessons:
     """What distillation is to do.
 
-    `kinds` are strategies, none: those of DEFAULT that suit both networks. `weight` multiplies each loss; None holds
-    all of them together at `share` of the detection loss. "cosine" takes that to 0 by the last of `epochs`.
+    `kinds` are strategies. `weight` multiplies each loss; None holds all of them together at `share` of the detection
+    loss. "cosine" takes that to 0 by the last of `epochs`.
     """
 
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = DEFAULT
     weight: float | None = None
     share: float = 0.5
     schedule: str = "constant"
@@ -55,8 +55,7 @@ class Distiller:
         self.teacher = teacher.fuse().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.heads = student.heads
         self.lessons = lessons
-        kinds = lessons.kinds or DEFAULT
-        self.pairs, self.notes = find_pairs(student, teacher, kinds, is_strict=bool(lessons.kinds))
+        self.pairs, self.notes = find_pairs(student, teacher, lessons.kinds)
         mapped = next((pairs for kind, pairs in self.pairs.items() if kind in features.STRATEGIES), [])
         layers = [feature_layer(student, student.heads[pair.student]) for pair in mapped]
         self.layers = [feature_layer(teacher, teacher.heads[pair.teacher]) for pair in mapped]

@@ -18,7 +18,7 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--kd",
         type=kinds,
-        help=f"what of it: one or several of {', '.join(KINDS)} (default: of {'+'.join(DEFAULT)} what suits both)",
+        help=f"what of it: one or several of {', '.join(KINDS)} (default: {'+'.join(DEFAULT)})",
     )
     add("--kd-weight", type=weight, default="auto", help="factor on each of these losses, a number or auto (default)")
     share = "what --kd-weight auto holds them at together, as a share of the detection loss (default: %(default)s)"
@@ -63,7 +63,7 @@ def distillation_problem(args: argparse.Namespace, given: set[str]) -> str:
 def make_lessons(args: argparse.Namespace) -> Lessons:
     """Give what the flags ask for."""
     return Lessons(
-        tuple(args.kd.split("+")) if args.kd else (),
+        tuple(args.kd.split("+")) if args.kd else DEFAULT,
         None if args.kd_weight == "auto" else args.kd_weight,
         args.kd_share,
         args.kd_schedule,

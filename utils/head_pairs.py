@@ -23,12 +23,10 @@ class Pair(NamedTuple):
     anchors: tuple[tuple[int, int], ...]
 
 
-def find_pairs(
-    student: Darknet, teacher: Darknet, kinds: Sequence[str], *, is_strict: bool = True
-) -> tuple[dict[str, list[Pair]], list[str]]:
+def find_pairs(student: Darknet, teacher: Darknet, kinds: Sequence[str]) -> tuple[dict[str, list[Pair]], list[str]]:
     """Give for each of the strategies `kinds` the heads that it has a meaning for, and lines on those left alone.
 
-    Raises DataError where a strategy suits no head at all; unless `is_strict`, as long as another one does.
+    Raises DataError where a strategy suits no head at all.
     """
     pairs = [_partner(place, head, teacher.heads) for place, head in enumerate(student.heads)]
     obstacles = {kind: [_obstacle(kind, student, teacher, pair) for pair in pairs] for kind in KINDS}
@@ -40,18 +38,15 @@ def find_pairs(
             for head, why in zip(student.heads, obstacles[kind], strict=True)
             if why
         ]
-        if kind not in useful and (is_strict or not {*kinds} & {*useful}):
+        if kind not in useful:
             raise DataError(
                 f"--kd {kind}: no head of {student.cfg.path} has a partner in {teacher.cfg.path}: {'; '.join(reasons)}"
                 f" ({', '.join(useful) or 'no strategy'} would suit them)"
             )
         if reasons:
-            which = "heads without a partner" if kind in useful else "left out, no head has a partner"
-            lines.append(f"--kd {kind}: {which}: {'; '.join(reasons)}")
+            lines.append(f"--kd {kind}: heads without a partner: {'; '.join(reasons)}")
     found = {
-        kind: [pair for pair, why in zip(pairs, obstacles[kind], strict=True) if pair and not why]
-        for kind in kinds
-        if kind in useful
+        kind: [pair for pair, why in zip(pairs, obstacles[kind], strict=True) if pair and not why] for kind in kinds
     }
     return found, lines
 
