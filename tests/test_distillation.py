@@ -1,5 +1,6 @@
 """Distillation: what the strategies compare, which heads and maps they pair, and whose weights move."""
 
+import functools
 import math
 import re
 from dataclasses import replace
@@ -289,4 +290,9 @@ def test_two_different_cfgs_start(pair):
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
 def test_every_student_starts_with_every_teacher(path):
     for other in SHIPPED:
-        step(*(network(of_four_classes(each)) for each in (path, other)))
+        step(shipped(path), shipped(other))
+
+
+@functools.cache
+def shipped(path: Path) -> Darknet:
+    return network(of_four_classes(path))
