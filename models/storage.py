@@ -19,7 +19,7 @@ from .layers_conv import Convolution
 from .layers_merge import ChannelShuffle, Route, ScaleChannels, Shortcut
 from .layers_pool import MaxPool
 from .quant import ActivationGrid, QuantConv2d, affine_grid, watch
-from .quantisers import OnGrid
+from .quantisers import FLOOR, OnGrid
 
 TOP = 255
 MOVERS = (Route, MaxPool, nn.Upsample, ChannelShuffle, nn.Identity, nn.Dropout)  # put out numbers that they read
@@ -52,10 +52,9 @@ class Levels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             watch(self.a_limits, x, is_fresh=~self.a_limits.any())
-        elif self.is_fresh:
-            return x
         step, low, _ = self._range()
-        return OnGrid.apply(x, step, low, TOP, 0.0, False)
+        y = OnGrid.apply(x, step, low, TOP, 0.0, False)
+        return y if self.training else torch.where(step > FLOOR, y, x)  # no branch, for which a GPU would wait
 
     def grid(self) -> ActivationGrid:
         """Give the levels as integers store them."""

@@ -366,7 +366,7 @@ def test_float_weights_load_into_quantised_cfgs(suffix: str, tmp_path: Path, cap
     plain = seeded_text(FLOAT_TEXT)
     write(plain, tmp_path / f"float{suffix}")
     model = load_model(parse(STEPS_TEXT), tmp_path / f"float{suffix}")
-    assert "has no steps for 7 quantised layers" in caplog.text
+    assert "has no steps or ranges for 7 layers" in caplog.text
     for conv in (module for module in model.modules() if isinstance(module, QuantConv2d)):
         fresh = copy.deepcopy(conv)
         fresh.reset_state()
@@ -401,10 +401,10 @@ def test_quantised_weights_load_into_the_float_cfg(tmp_path: Path, caplog: pytes
     model = seeded_text(STEPS_TEXT)
     write(model, tmp_path / "a.pt")
     plain = load_model(parse(FLOAT_TEXT), tmp_path / "a.pt")
-    assert "has 10 steps too many" in caplog.text
+    assert "has 10 steps or ranges too many" in caplog.text
     assert all(tensor.equal(model.state_dict()[name]) for name, tensor in plain.state_dict().items())
     save_weights(model, tmp_path / "a.weights")
-    with pytest.raises(WeightsError, match=r"is too long: .* those of method=lsq or iao load as \.pt"):
+    with pytest.raises(WeightsError, match=r"is too long: .* those of method=lsq, iao or map_bits=8 load as \.pt"):
         load_model(parse(FLOAT_TEXT), tmp_path / "a.weights")
 
 

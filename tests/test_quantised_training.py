@@ -80,7 +80,7 @@ def test_a_quantised_student_starts_from_float_weights_and_learns_from_a_teacher
     more = ["--weights", "float.weights", "--t_cfg", CFG, "--t_weights", "float.weights", "--epochs", 1]
     outcome = command("distill", *flags(scenes, "run", "--cfg", quantised, *more))
     assert outcome.status == 0, outcome.err
-    assert "float.weights: has no steps for 3 quantised layers" in outcome.out
+    assert "float.weights: has no steps or ranges for 3 layers" in outcome.out
     assert "the steps of the inputs of 2 convolutions start from the first batch\n" in outcome.out
 
 
