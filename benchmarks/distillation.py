@@ -166,9 +166,7 @@ def train(
     """Train a student by one strategy, unless that is done already."""
     flags = [*student.flags, "--seed", str(seed)]
     if variant != ALONE:
-        kinds, _, share = variant.partition("@")
-        flags += ["--t_weights", f"runs/{student.teacher}/last.pt", "--kd", kinds]
-        flags += ["--kd-share", share] if share else []
+        flags += ["--t_weights", f"runs/{student.teacher}/last.pt", "--kd", variant]
     is_done = student.alone and variant == ALONE and seed == 0
     name = student.alone if is_done else f"distillation/{slug(student.name)}-{variant}-{seed}"
     return run_protocol(name, "short", student.cfg, data, flags=flags, epochs=epochs, threads=threads)
