@@ -172,7 +172,7 @@ def train(
     return run_protocol(name, "short", student.cfg, data, flags=flags, epochs=epochs, threads=threads)
 
 
-def step_rows(cfg: str | Path, teacher: Darknet, side: int, number: int, *, rounds: int = 5) -> list[dict[str, Any]]:
+def step_rows(cfg: str | Path, teacher: Darknet, side: int, number: int, *, rounds: int = 10) -> list[dict[str, Any]]:
     """Time a step alone, a teacher's forward pass and a step with it; `ratio` is to the sum of the first two."""
     dtype = torch.bfloat16 if has_bf16() else torch.float32
     batches = [random_batch(number, side)]

@@ -78,27 +78,31 @@ class Distiller:
         progress = epoch / self.lessons.epochs if self.lessons.schedule == "cosine" else 0.0
         self.factor = (1 + math.cos(math.pi * progress)) / 2
 
+    @torch.no_grad()
+    def ask(self, x: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Give what the teacher makes of a batch; best before the student's pass, which holds on to memory."""
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            return self.teacher.features(x, self.layers)
+
     def add(
         self,
-        x: Tensor,
-        targets: Tensor,
-        maps: list[Tensor],
-        compared: Mapping[str, list[Tensor]],
         loss: Tensor,
         parts: dict[str, Tensor],
-        dtype: torch.dtype,
+        ours: tuple[list[Tensor], Mapping[str, list[Tensor]]],
+        theirs: tuple[list[Tensor], list[Tensor]],
+        targets: Tensor,
+        size: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the lessons to the detection loss of a batch and its parts.
+        """Add the lessons to the detection loss of a batch of `size` (height, width) and its parts.
 
-        `x` are the inputs, `maps` and `compared` what the pupil gave for them. Of the parts "kd" is what is added, and
-        "kd_" with the name of a strategy its loss before it is weighed.
+        `ours` is what the pupil gave for it, `theirs` what `ask` gave. Of the parts "kd" is what is added, and "kd_"
+        with the name of a strategy its loss before it is weighed.
         """
-        with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            their_maps, their_features = self.teacher.features(x, self.layers)
+        (maps, compared), (their_maps, their_features) = ours, theirs
         sums, counts = [], []
         for kind, pairs in self.pairs.items():
             if kind in outputs.STRATEGIES:
-                total, count = self._compare_outputs(kind, pairs, maps, their_maps, targets, (x.shape[2], x.shape[3]))
+                total, count = self._compare_outputs(kind, pairs, maps, their_maps, targets, size)
             else:
                 total, count = self._compare_features(kind, compared[kind], their_features)
             sums.append(total)
@@ -152,8 +156,9 @@ class Distiller:
         temperature, losses = self._temperature(kind), []
         for own, other in zip(ours, theirs, strict=True):
             _check_shapes(own, other, self.teacher)
-            losses.append(features.STRATEGIES[kind].loss(own.float(), other.float(), temperature))  # [B]
-        return torch.stack(losses).mean(0).sum(), losses[0].new_tensor(len(losses[0]))
+            losses.append(features.STRATEGIES[kind].loss(own.float(), other.float(), temperature))
+        count = losses[0].new_tensor(len(ours[0]))
+        return torch.stack(losses).mean() * count, count
 
     def _temperature(self, kind: str) -> float:
         return self.lessons.temperature or TEMPERATURES.get(kind, 1.0)

@@ -22,6 +22,7 @@ from . import dist
 from .darknet_loss import darknet_loss
 from .darknet_recipe import DarknetRecipe
 from .datasets import Item, to_input
+from .device import keep_freed_memory
 from .distillation import Distiller
 from .log import DataError
 from .loss import detection_loss
@@ -84,6 +85,8 @@ def make_trainer(
     distiller: Distiller | None = None,
 ) -> Trainer:
     """Make the trainer of `epochs` of `steps` optimizer steps; gradients are scaled for fp16 alone."""
+    if device.type == "cpu":
+        keep_freed_memory()
     optimizer = make_optimizer(distiller.pupil if distiller else model, recipe)
     scheduler = make_scheduler(optimizer, recipe, epochs=epochs, steps=steps, seed=seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -115,14 +118,16 @@ def make_step_loss(
     """
 
     def step_loss(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        theirs = distiller.ask(x, dtype) if distiller else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            raws, compared = network(x) if distiller else (network(x), {})
+            ours = network(x)
+        raws = ours[0] if distiller else ours
         size = (x.shape[2], x.shape[3])
         if isinstance(recipe, DarknetRecipe):
             loss, parts = darknet_loss(raws, targets, model.heads, size, recipe.heads)
         else:
             loss, parts = detection_loss(raws, targets, model.heads, size, recipe)
-        return distiller.add(x, targets, raws, compared, loss, parts, dtype) if distiller else (loss, parts)
+        return distiller.add(loss, parts, ours, theirs, targets, size) if distiller else (loss, parts)
 
     return step_loss
 

@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 class Strategy(NamedTuple):
-    """Makes the module for so many channels of student and teacher; gives the loss of each picture [B]."""
+    """Makes the module for so many channels of student and teacher; gives the mean loss of the pictures."""
 
     make_aid: Callable[[int, int], nn.Module]
     loss: Callable[[Tensor, Tensor, float], Tensor]
@@ -62,25 +62,30 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     ours, theirs = ((x / temperature).permute(0, 2, 3, 1).flatten(1, 2) for x in (student, teacher))  # [B, H*W, C]
     away = theirs.log_softmax(1) - ours.log_softmax(1)  # in this layout, channels_last's, softmax copies nothing
     divergence = (theirs.softmax(1) * away).sum(1)  # [B, C]
-    return temperature**2 * divergence.mean(1)
+    return temperature**2 * divergence.mean()
 
 
 def pkd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Compare by Pearson correlation: squares of standardised channels, https://arxiv.org/abs/2207.02039.
+    """Compare by Pearson correlation: half the squared difference of standardised channels, which is one less their
+    correlation (https://arxiv.org/abs/2207.02039).
 
     The statistics are those of this process's batch.
     """
-    return (_standardise(student) - _standardise(teacher)).square().mean((1, 2, 3)) / 2
+    ours, theirs = _centre(student), _centre(teacher)
+    own, other = (ours * ours).mean(0), (theirs * theirs).mean(0)  # variances [C]
+    a, b = (own + EPS).rsqrt(), (other + EPS).rsqrt()
+    return ((own * a * a + other * b * b) / 2 - (ours * theirs).mean(0) * a * b).mean()
 
 
 def mgd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Compare a generated map with the teacher's (https://arxiv.org/abs/2205.01529)."""
-    return (student - teacher).square().mean((1, 2, 3))
+    return (student - teacher).square().mean()
 
 
 STRATEGIES = {"cwd": Strategy(align, cwd), "pkd": Strategy(align, pkd), "mgd": Strategy(generate, mgd)}
 
 
-def _standardise(x: Tensor) -> Tensor:
-    """Give every channel mean 0 and variance 1, as batch normalisation does in training."""
-    return torch.batch_norm(x, None, None, None, None, True, 0.0, EPS, False)
+def _centre(x: Tensor) -> Tensor:
+    """Take the mean off every channel: [B*H*W, C]. Of what is centred the gradient does not see the mean."""
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2)
+    return flat - flat.detach().mean(0)
