@@ -77,6 +77,7 @@ FLOORS = {
     "utils/onnx_heads.py": 5,
     "utils/onnx_layers.py": 5,
     "utils/onnx_metadata.py": 5,
+    "utils/integer_fold.py": 5,
     "utils/integer_plan.py": 5,
     "utils/onnx_integer.py": 5,
     "utils/integer.py": 6,

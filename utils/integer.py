@@ -8,8 +8,8 @@ from models.quant import QuantConv2d
 from models.storage import before_heads
 
 from .int8 import FLOATS, layer_of, optimised
+from .integer_fold import byte_levels
 from .integer_plan import Plan
-from .onnx_integer import byte_levels
 
 EXACT = 1e-6
 FROM_TRAINING = "as in training"

@@ -4,23 +4,17 @@ int8 weights, uint8 inputs and int32 biases.
 Concatenation, pooling, upsampling and slices of quantised maps run on their levels.
 """
 
-import math
-
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from models import Darknet
 from models.grid import BYTE_BITS
-from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
 from models.storage import MOVERS, TOP, Levels, limits
 
+from .integer_fold import Folded, fold
 from .integer_plan import Plan
 from .onnx_graph import Graph
 from .onnx_layers import IMAGES, name_raws, window, write
-
-MAX_BIAS, TINY = 2**30, 1e-30  # of a bias, which leaves the sums room in 32 bits; of a scale
 
 
 class IntegerWriter:
@@ -81,13 +75,15 @@ class IntegerWriter:
         """Write a convolution in integers, and its output on the grid that its readers share or on its own."""
         g, block, grid = self.g, self.fused.blocks[index], conv.activation_grid()
         x, wide = widen(g, self.quantised(self.model.layers[index].inputs[0], grid), grid)
-        x = write_convolution(g, self.model.blocks[index], x, wide, self.plan.largest)
-        if before := self.plan.before.get(index):
+        before, own, target = self.plan.before.get(index), self.plan.own.get(index), self.plan.target(index)
+        folded = fold(self.model.blocks[index], self.plan.largest, wide, before or own or target)
+        x = write_convolution(g, conv, x, wide, folded)
+        if before:
             x = dequantise(g, quantise(g, x, before), before)
             self.reals[index] = self._shaped(index, write(g, block.blur, write(g, block.activation, x)))
-        elif own := self.plan.own.get(index):
+        elif own:
             self._store(index, x, own, limits(block.activation, own))
-        elif target := self.plan.target(index):
+        elif target:
             self._store(index, x, target, limits(block.activation, target))
 
     def _store(self, index: int, x: str, grid: ActivationGrid, within: tuple[int, int] | None = None) -> None:
@@ -122,53 +118,9 @@ def widen(g: Graph, x: str, grid: ActivationGrid) -> tuple[str, ActivationGrid]:
     return g.op("BitShift", x, np.uint8(bits), direction="LEFT"), wide
 
 
-def write_convolution(g: Graph, block: Convolution, x: str, grid: ActivationGrid, largest: int) -> str:
+def write_convolution(g: Graph, conv: QuantConv2d, x: str, grid: ActivationGrid, folded: Folded) -> str:
     """Write a convolution of int8 weights with a scale a channel and int32 biases; its input are levels of a grid."""
-    conv = block.conv
-    levels, scale, bias = fold(block, largest, grid.value)
-    weight = g.op("DequantizeLinear", levels, scale, axis=0)
-    bias = g.op("DequantizeLinear", bias, scale * np.float32(grid.value), axis=0)
+    weight = g.op("DequantizeLinear", folded.levels, folded.scale, axis=0)
+    bias = g.op("DequantizeLinear", folded.bias, folded.scale * np.float32(grid.value), axis=0)
     sides = window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     return g.op("Conv", dequantise(g, x, grid), weight, bias, **sides)
-
-
-def byte_levels(conv: QuantConv2d, largest: int) -> tuple[Tensor, Tensor]:
-    """Give levels of weights up to ±`largest` [O, I/groups, k, k] and their scales [O], in float64.
-
-    Levels that are larger (DoReFa's of 8 bits are the odd numbers up to 255) are put on new ones over each channel's
-    own range; that is off by at most half of a new step.
-    """
-    levels, scale = (each.double() for each in conv.weight_levels())
-    times = (largest / levels.abs().amax((1, 2, 3)).clamp_min(1)).clamp_max(1)
-    return (levels * times[:, None, None, None]).round(), scale / times
-
-
-@torch.no_grad()
-def fold(block: Convolution, largest: int, value: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fold batch normalisation: weights' levels (int8), scales [O], and biases [O] (int32).
-
-    The unit of a bias is a level of a weight times one of an input, which is read for `value`. Levels of few bits are
-    multiplied by the number that leaves the least of the bias to rounding, which changes nothing else.
-    """
-    conv, bn = block.conv, block.bn
-    levels, scale = byte_levels(conv, largest)
-    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
-    if isinstance(bn, nn.BatchNorm2d):
-        factor = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        bias = (bias - bn.running_mean.double()) * factor + bn.bias.double()
-        levels, scale = levels * factor.sign()[:, None, None, None], scale * factor.abs()
-    times = finest(scale * value, bias, largest / levels.abs().amax((1, 2, 3)).clamp_min(1))
-    levels, scale = levels * times[:, None, None, None], scale / times
-    least = (bias.abs() / (value * MAX_BIAS)).clamp_min(TINY)  # of a channel that is nearly constant
-    kept = torch.maximum(scale, least).float()
-    levels = (levels * (scale / kept)[:, None, None, None]).round()
-    biases = (bias / (kept.double() * value)).round()
-    return levels.numpy().astype(np.int8), kept.numpy(), biases.numpy().astype(np.int32)
-
-
-def finest(unit: Tensor, bias: Tensor, most: Tensor) -> Tensor:
-    """Give by what whole number up to `most` >= 1 to divide each unit, so that the nearest multiple is nearest."""
-    times = torch.arange(1, int(most.max()) + 1, dtype=bias.dtype)[:, None]
-    finer = unit / times
-    errors = ((bias / finer).round() * finer - bias).abs()
-    return errors.where(times <= most, math.inf).argmin(0) + 1
