@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photo", type=Path, default=PHOTO, help="picture to detect in (default: %(default)s)")
     for name in ("teacher", "before", "after"):
         parser.add_argument(f"--{name}", type=Path, help=f"weights of the {name} (default: trained on drawn scenes)")
-    parser.add_argument("--output", type=Path, default=Path("docs/distillation.png"))
+    parser.add_argument("--output", type=Path, default=Path("docs/distillation.jpg"))
     args = parser.parse_args(argv)
     weights = [args.teacher, args.before, args.after]
     if not all(weights):
@@ -46,7 +46,8 @@ def train_all() -> list[Path]:
     data, teacher = WORK / "data/demo.data", WORK / "teacher.cfg"
     if not data.exists():
         call("-m", "utils.scenes", "--output", data.parent)
-    call("-m", "utils.compose", "--backbone slim-m --head pan-lite --img-size", SIDE, "--data", data, "-o", teacher)
+    if not teacher.exists():
+        call("-m", "utils.compose", "--backbone slim-m --head pan-lite --img-size", SIDE, "--data", data, "-o", teacher)
     taught = train("train.py", "teacher", teacher, data, TEACHER_EPOCHS)
     alone = train("train.py", "alone", "cfg/demo.cfg", data, STUDENT_EPOCHS)
     return [taught, alone, train("distill.py", "taught", "cfg/demo.cfg", data, STUDENT_EPOCHS, "--t_weights", taught)]
