@@ -1,6 +1,7 @@
 """test.py and detect.py with an .onnx: the figures and boxes of the same network in PyTorch, and what is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from tests.networks import ROOT, seeded
 from utils import export
-from utils.runtime import OnnxNetwork
+from utils.runtime import OnnxNetwork, spread
 
 DEMO = ROOT / "cfg/demo.cfg"
 
@@ -48,8 +49,15 @@ def _key(row: dict) -> tuple[int, int]:
     return row["image_id"], row["category_id"]
 
 
-@pytest.mark.parametrize("kind", [(), ("--decode",)], ids=["raw", "decoded"])
-@pytest.mark.parametrize("flags", [(), ("--augment", "--batch-size", 3)], ids=["plain", "augmented"])
+NMS = ("--nms", "--conf-thres", "0.001", "--max-det", "30000")  # as little as test.py drops
+AUGMENTED = ("--augment", "--batch-size", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [((), ()), ((), AUGMENTED), (("--decode",), ()), (("--decode",), AUGMENTED), (NMS, ())],
+    ids=["raw", "raw-augmented", "decoded", "decoded-augmented", "suppressed"],
+)
 def test_test_gives_the_figures_of_pytorch(command, trained, kind, flags):
     means, boxes = run_test(command, trained, *flags)
     found, theirs = run_test(command, write(trained, *kind), *flags)
@@ -66,12 +74,15 @@ def test_a_fixed_size_pads_every_picture_to_it(command, trained):
 
 def test_detect_finds_the_same_boxes(command, trained, scenes):
     found = []
-    for weights in (trained, write(trained)):
+    for weights in (trained, write(trained), write(trained, "--nms", "--conf-thres", "0.2")):
         flags = ("--conf-thres", 0.27, "--img-size", 96, "--save-json", "--device", "cpu")
         outcome = command("detect", "--weights", weights, "--source", scenes.parent / "images/valid", *flags)
         assert outcome.status == 0, outcome.err
         found.append(json.loads(Path("output/detections.json").read_text()))
+        shutil.rmtree("output")
+    assert "its own NMS keeps scores over 0.2, overlaps up to 0.6, 300 boxes a class" in outcome.out + outcome.err
     assert_alike(found[1], found[0])
+    assert_alike(found[2], found[0])
     assert {row["category"] for row in found[1]} <= {"balloon", "butterfly", "fish", "sailboat"}
 
 
@@ -88,6 +99,15 @@ def test_it_has_the_members_of_a_network(trained):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_detections_become_boxes_of_their_pictures():
+    rows = [[2, 0, 0, 4, 2, 0.9, 1], [0, 2, 2, 4, 8, 0.8, 0], [2, 1, 1, 3, 3, 0.7, 0]]
+    boxes, scores = spread(torch.tensor(rows), 3, 2)
+    assert boxes.tolist() == [[[3, 5, 2, 6], [0] * 4], [[0] * 4] * 2, [[2, 1, 4, 2], [2, 2, 2, 2]]]
+    assert scores.equal(torch.tensor([[[0.8, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 0.9], [0.7, 0]]]))
+    boxes, scores = spread(torch.zeros(0, 7), 3, 2)
+    assert (boxes.shape, scores.shape) == ((3, 0, 4), (3, 0, 2))
+
+
 @pytest.mark.parametrize(
     ("kind", "script", "flags", "complaint"),
     [
@@ -95,7 +115,6 @@ def test_it_has_the_members_of_a_network(trained):
         ("--fixed", "test", ["--img-size", 64], "--img-size: {} takes 96x96 alone (export it without --fixed)"),
         ("--fixed", "test", ["--task", "study"], "--task study: {} takes 96x96 alone (export it without --fixed)"),
         ("--fixed", "detect", ["--img-size", 64], "--img-size: {} takes 96x96 alone (export it without --fixed)"),
-        ("--nms", "detect", [], "{}: has NMS in it (export it without --nms)"),
         ("--decode", "detect", ["--cfg", DEMO], "--cfg: {} describes itself (leave --cfg out)"),
         ("--decode", "test", ["--precision", "bf16"], "--precision bf16: an .onnx computes as it was exported"),
         (

@@ -1,7 +1,6 @@
 """Darknet's decoding of raw maps (models/yolo.py) and non-maximum suppression in ONNX's operators."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -22,13 +21,14 @@ def write_decode(g: Graph, raws: list[str], specs: list[HeadSpec]) -> tuple[str,
     return g.op("Concat", *boxes, axis=1, output=BOXES), g.op("Concat", *scores, axis=1, output=SCORES)
 
 
-def add_nms(data: bytes, metadata: Metadata, **limits: Any) -> tuple[bytes, Metadata]:
-    """Put NMS behind the boxes and scores of an ONNX model; give its bytes and what they say of themselves now.
-
-    `limits` are those of write_nms.
-    """
-    g, metadata = Graph(), replace(metadata, outputs=DETECTED)
-    onnx, detected = g.onnx, write_nms(g, BOXES, SCORES, **limits)
+def add_nms(
+    data: bytes, metadata: Metadata, *, conf_thres: float, iou_thres: float, max_det: int
+) -> tuple[bytes, Metadata]:
+    """Put NMS behind the boxes and scores of an ONNX model; give its bytes and what they say of themselves now."""
+    limits = f"scores over {conf_thres:g}, overlaps up to {iou_thres:g}, {max_det} boxes a class"
+    g, metadata = Graph(), replace(metadata, outputs=DETECTED, limits=limits)
+    onnx = g.onnx
+    detected = write_nms(g, BOXES, SCORES, conf_thres=conf_thres, iou_thres=iou_thres, max_det=max_det)
     model = onnx.load_from_string(data)
     known = {constant.name for constant in model.graph.initializer}
     model.graph.node.extend(g.nodes)

@@ -18,7 +18,7 @@ class Metadata:
     """A network without its numbers; each field is JSON under its own name.
 
     `size` is (height, width), the only one where `is_fixed`; `stride` what sides are multiples of; `arithmetic` says
-    what the graph computes in.
+    what the graph computes in, `limits` what its NMS keeps.
     """
 
     outputs: str
@@ -32,6 +32,7 @@ class Metadata:
     arithmetic: str
     cfg_path: str
     cfg: str
+    limits: str = ""
 
     def pack(self) -> dict[str, str]:
         """Give the properties of the file."""
@@ -45,11 +46,12 @@ def unpack(properties: Mapping[str, str], path: str) -> Metadata:
     if properties.get("maker") != MAKER:
         raise DataError(f"{path}: does not say what its outputs mean (expected an .onnx of python -m utils.export)")
     try:
-        plain = {field.name: _tuples(json.loads(properties[field.name])) for field in fields(Metadata)}
+        known = [field.name for field in fields(Metadata) if field.name in properties]
+        plain = {name: _tuples(json.loads(properties[name])) for name in known}
         heads = tuple(HeadSpec(**spec) for spec in plain.pop("heads"))
+        return Metadata(heads=heads, **plain)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its description cannot be read: {error} (export it again)") from None
-    return Metadata(heads=heads, **plain)
 
 
 def _tuples(value: Any) -> Any:

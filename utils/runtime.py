@@ -7,7 +7,9 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from models.yolo import decode_all, diou_beta
 
@@ -50,12 +52,14 @@ class OnnxNetwork:
         """Run pictures [B, channels, H, W] in 0..1. Raises DataError where the file takes another size alone."""
         if self.is_fixed and tuple(x.shape[2:]) != self.size:
             raise DataError(f"{self.path}: takes {_sides(self.size)} alone, gets {_sides(x.shape[2:])}")
-        outputs = self.run(x.float().cpu().contiguous().numpy())
-        return [torch.from_numpy(output).to(x.device) for output in outputs]
+        outputs = [torch.from_numpy(output) for output in self.run(x.float().cpu().contiguous().numpy())]
+        if self.metadata.outputs == DETECTED:
+            outputs = spread(outputs[0], len(x), self.classes)
+        return [output.to(x.device) for output in outputs]
 
     def decode(self, heads: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Decode what a call gave; a graph with decoding in it has done so."""
-        if self.metadata.outputs == DECODED:
+        if self.metadata.outputs in (DECODED, DETECTED):
             return heads[0], heads[1]
         return decode_all(heads, self.heads, size)
 
@@ -67,6 +71,21 @@ class OnnxNetwork:
 
     def to(self, *_: Any, **__: Any) -> Self:
         return self
+
+
+def spread(detected: Tensor, pictures: int, classes: int) -> list[Tensor]:
+    """Turn detections [M, 7] (picture, xyxy_px, score, class) back into boxes [B, N, 4] xywh_px and scores [B, N, C].
+
+    Each box has one class; where a picture has fewer than others, boxes without a score follow.
+    """
+    picture, label = detected[:, 0].long(), detected[:, 6].long()
+    count = F.one_hot(picture, pictures).cumsum(0)  # [M, B]
+    place = count.gather(1, picture[:, None])[:, 0] - 1
+    most = int(count[-1].max()) if len(count) else 0
+    boxes, scores = detected.new_zeros(pictures, most, 4), detected.new_zeros(pictures, most, classes)
+    boxes[picture, place] = box_convert(detected[:, 1:5], "xyxy", "cxcywh")
+    scores[picture, place, label] = detected[:, 5]
+    return [boxes, scores]
 
 
 def in_onnxruntime(path: str, data: bytes | None) -> tuple[Mapping[str, str], Run]:
@@ -140,6 +159,8 @@ def open_detector(args: argparse.Namespace, *, names: str = "") -> cli.Detector:
     if len(named) != network.classes:
         raise DataError(f"{source}: names {len(named)} classes, but {weights} has {network.classes}")
     log.info("%s in %s (%s): %d classes", weights, TITLES[runtime], network.metadata.arithmetic, network.classes)
+    if network.metadata.limits:
+        log.info("its own NMS keeps %s: flags can take away from that alone", network.metadata.limits)
     if network.is_fixed and not args.stretch:
         log.info("it takes %s alone: every picture is padded to that", _sides(network.size))
     return cli.Detector(network, named, data, {})
@@ -150,7 +171,6 @@ def check_flags(args: argparse.Namespace, network: OnnxNetwork) -> None:
     path, given = network.path, vars(args)
     asks_size = bool(args.img_size) and args.img_size != max(network.size)
     limits = {
-        f"{path}: has NMS in it (export it without --nms)": network.metadata.outputs == DETECTED,
         f"--cfg: {path} describes itself (leave --cfg out)": bool(args.cfg),
         f"--device {args.device}: an .onnx runs on the CPU": args.device not in ("", "cpu"),
         f"--precision {given.get('precision')}: an .onnx computes as it was exported": (
