@@ -1,6 +1,7 @@
 """The network: a Cfg becomes an nn.Module whose forward pass is Darknet's own loop over its layers."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from .macros import MACROS, primitives
 from .storage import Stored, store_maps
 from .yolo import HeadSpec, decode_all, diou_beta
 
+log = logging.getLogger("darkslim.cfg")
 MAX_SIDE, MAX_CHANNELS = 65536, 1024
 
 
@@ -41,6 +43,11 @@ class Darknet(nn.Module):
         self.stored: Stored | None = None
         if built.stores_maps:
             built.layers, self.stored = store_maps(built.layers)
+            if not any(self.stored):
+                log.warning(
+                    "%s: [net] map_bits=8 stores no map: no convolution is quantised to 8 bits or fewer (leave it out)",
+                    cfg.path,
+                )
         self.layers = built.layers
         self.size, self.channels = built.image.size, built.image.channels  # (height, width) as [net] asks for
         self.blocks = nn.ModuleList(layer.module for layer in self.layers)

@@ -124,6 +124,14 @@ def test_levels_move_numbers_by_half_a_step() -> None:
     assert (y - z)[inside].abs().max() <= levels.grid().step / 2 + 1e-6
 
 
+def test_nothing_to_store_is_told(caplog) -> None:
+    text = STORED + CFG.replace("[quan_convolutional]", "[quan_convolutional]\nw_bits=16")
+    assert Darknet(parse(text)).stored == Stored((), ())
+    assert (
+        "[net] map_bits=8 stores no map: no convolution is quantised to 8 bits or fewer (leave it out)" in caplog.text
+    )
+
+
 def test_other_bits_are_refused() -> None:
     with pytest.raises(CfgError, match="'map_bits' expects"):
         Darknet(parse(STORED.replace("=8", "=7") + CFG))
