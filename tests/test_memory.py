@@ -1,5 +1,8 @@
-"""--batch-size auto: what fits into a GPU's memory."""
+"""--batch-size auto: what fits into a GPU's memory; and memory of the CPU that is used again."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,23 @@ import torch
 from utils.memory import fitting_batch
 
 MB = 1_000_000
-CFG = Path(__file__).resolve().parent / "fixtures/tiny.cfg"
+ROOT = Path(__file__).resolve().parent.parent
+CFG = ROOT / "tests/fixtures/tiny.cfg"
+FAULTS = """
+import resource, torch
+from utils.device import keep_freed_memory
+
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+lost = faults(10)
+keep_freed_memory()
+faults(20)
+print(lost, faults(10))
+"""
 
 
 @pytest.mark.parametrize(
@@ -34,3 +53,10 @@ def test_a_gpu_is_measured(command, scenes):
     outcome = command("train", *flags)
     assert outcome.status == 0, outcome.err
     assert "--batch-size auto:" in outcome.out
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this system's C library has no mallopt")
+def test_memory_that_was_freed_is_used_again() -> None:
+    outcome = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    lost, kept = map(int, outcome.stdout.split())
+    assert kept < lost / 10
