@@ -2,9 +2,9 @@
 
     python distill.py --cfg pruned.cfg --weights pruned.weights --t_weights runs/big/last.pt --data data/mine.data
 
-All flags of train.py are here too, which does the same with --t_weights; the run's folder is as it leaves it. A step
-takes little more than one of train.py and a forward pass of the teacher together. docs/distillation.md says what to
-choose.
+All flags of train.py are here too, which does the same with --t_weights; the run's folder is as it leaves it. Unless
+--kd asks for mgd, a step takes little more than one of train.py and a forward pass of the teacher together.
+docs/distillation.md says what to choose.
 """
 
 from collections.abc import Sequence

@@ -192,14 +192,16 @@ def random_batch(number: int, side: int, boxes: int = 20) -> Batch:
     return Batch(pictures, targets, list(range(number)), [])
 
 
-def our_epoch(cfg: str | Path, dtype: torch.dtype, teacher: Darknet | None = None) -> Callable[[Any], object]:
+def our_epoch(
+    cfg: str | Path, dtype: torch.dtype, teacher: Darknet | None = None, lessons: Lessons | None = None
+) -> Callable[[Any], object]:
     """Make what trains a network on the batches of a loader or a list once, as train.py does on the CPU.
 
-    With a teacher it learns what distill.py takes unless told otherwise.
+    With a teacher it learns `lessons`, without them what distill.py takes unless told otherwise.
     """
     seed_everything(0)
     model, recipe = Darknet(load_cfg(cfg)).to(memory_format=torch.channels_last), Recipe()
-    distiller = Distiller(model, teacher, Lessons()) if teacher else None
+    distiller = Distiller(model, teacher, lessons or Lessons()) if teacher else None
     trainer = make_trainer(model, recipe, epochs=100, steps=100, device=CPU, dtype=dtype, distiller=distiller)
     network = distribute(model, CPU, distiller.pupil if distiller else None)
     step_loss = make_step_loss(network, model, recipe, CPU, dtype, distiller)

@@ -3,10 +3,11 @@
     OMP_WAIT_POLICY=PASSIVE python -m docs.draw_distillation
 
 trains slim-m on drawn scenes, and cfg/demo.cfg a third as long, alone and with `distill.py`; then detects in a scene
-that none of them has seen. Trainings that are done stay in runs/taught. `--photo`, `--teacher`, `--before` and
-`--after` draw other networks in a picture of your own instead.
+that none of them has seen. Trainings that are done stay in runs/taught. `--photo` and `--weights` draw other networks
+in a picture of your own instead.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from utils.charts import save_figure
 from utils.cli import make_parser, run
+from utils.log import DataError
 from utils.pictures import read_picture
 
 WORK = Path("runs/taught")
@@ -28,13 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train where no weights are given, detect, draw."""
     parser = make_parser(__doc__)
     parser.add_argument("--photo", type=Path, default=PHOTO, help="picture to detect in (default: %(default)s)")
-    for name in ("teacher", "before", "after"):
-        parser.add_argument(f"--{name}", type=Path, help=f"weights of the {name} (default: trained on drawn scenes)")
+    parser.add_argument(
+        "--weights", type=Path, nargs=3, metavar=("TEACHER", "BEFORE", "AFTER"), help="networks trained elsewhere"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/distillation.jpg"))
     args = parser.parse_args(argv)
-    weights = [args.teacher, args.before, args.after]
-    if not all(weights):
-        weights = train_all()
+    for path in (args.photo, *(args.weights or ())):
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file")
+    weights = args.weights or train_all()
     titles = ("teacher", "student before", "student after")
     draw(args.photo, dict(zip(titles, weights, strict=True)), args.output)
     print(f"wrote {args.output}")
@@ -57,7 +61,8 @@ def train(script: str, name: str, cfg: str | Path, data: Path, epochs: int, *fla
     """Train, unless that is done, and give the weights."""
     weights = Path("runs", WORK.name, name, "last.pt")
     if not weights.exists():
-        length = f"--img-size {SIDE} --epochs {epochs} --notest --workers 0 --cache-images"
+        shutil.rmtree(weights.parent, ignore_errors=True)  # what an interrupted call left
+        length = f"--img-size {SIDE} --epochs {epochs} --notest --nosave --workers 0 --cache-images"
         call(script, "--cfg", cfg, "--data", data, length, "--name", f"{WORK.name}/{name}", *flags)
     return weights
 
@@ -77,7 +82,8 @@ def draw(photo: Path, networks: Mapping[str, Path], path: Path) -> None:
 def call(*words: object) -> None:
     """Run one of our scripts; a text may hold several flags."""
     parts = [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
-    subprocess.run([sys.executable, *parts], check=True)
+    if status := subprocess.run([sys.executable, *parts]).returncode:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

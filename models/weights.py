@@ -119,17 +119,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"  # what torch.save writes; its older format is not ours
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the weights: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError):
         checkpoint = None
     if checkpoint is None:
         raise WeightsError(f"{path}: is not a readable checkpoint (cut short, or not written by train.py)")
     match checkpoint:
-        case {"cfg": str(), "model": dict()}:
+        case {"cfg": str(), "model": dict()} if _are_texts(checkpoint.get("names", [])):
             return _unpacked(checkpoint, path)
+        case {"cfg": str(), "model": dict()}:
+            raise WeightsError(f"{path}: its class names are no list of texts (damaged?)")
     raise WeightsError(f"{path}: is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')")
+
+
+def _are_texts(names: Any) -> bool:
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def _unpacked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:

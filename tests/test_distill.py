@@ -52,6 +52,7 @@ def test_distilling_goes_on_bit_for_bit(command, scenes, tmp_path, monkeypatch, 
     state = load_checkpoint(tmp_path / "runs/parts/last.pt")
     assert set(state["trainer"]["distiller"]["means"]) == {"detection", "logits", "box", "cwd", "mgd"}
     assert state["model"].keys() == Darknet(load_cfg(CFG)).state_dict().keys()
+    assert load_checkpoint(tmp_path / "runs/parts/teacher.pt")["names"] == state["names"]
     teacher.unlink()
     assert command("distill", "--resume", "runs/parts/last.pt").status == 0
     assert_same_end(tmp_path, "whole", "parts")
@@ -116,6 +117,7 @@ def test_mistakes_are_one_line_and_status_2(command, scenes, tmp_path, teacher):
         ([*own, "--kd", "logit"], "does not know 'logit' (expected logits)"),
         ([*own, "--kd-weight", "-1"], "--kd-weight"),
         ([*own, "--kd", "box", "--kd-temperature", "3"], "--kd-temperature means nothing to --kd box"),
+        ([*own, "--kd-temperature", "3"], "--kd-temperature means nothing to --kd pkd"),
         ([*own, "--kd-weight", "3", "--kd-share", ".3"], "--kd-share says what --kd-weight auto aims at"),
         ([*own, "--batch-size", "auto"], "--batch-size auto does not count what a teacher takes"),
         ([*own, "--resume", "x.pt"], "give no other flag but --device and --workers"),

@@ -18,13 +18,14 @@ from utils.engine import distribute, make_freeze, make_step_loss, make_trainer, 
 from utils.feature_distillation import cwd, pkd
 from utils.head_pairs import KINDS, Pair, feature_layer, find_pairs
 from utils.log import DataError
-from utils.output_distillation import Outputs, box, logits
+from utils.output_distillation import Outputs, Truths, box, logits
 from utils.recipe import Recipe
 
 CPU = torch.device("cpu")
 TINY = (FIXTURES / "tiny.cfg").read_text()
 EXACT = tuple(kind for kind in KINDS if kind != "mgd")  # masked generation compares what no two networks share
 TARGETS = torch.tensor([[0, 1, 0.3, 0.4, 0.2, 0.2], [1, 3, 0.7, 0.6, 0.2, 0.4], [1, 0, 0.5, 0.5, 0.7, 0.7]])
+TRUTHS = Truths(TARGETS, (96, 96), Recipe())
 
 
 def network(text: str = TINY, seed: int = 0) -> Darknet:
@@ -76,13 +77,17 @@ def test_a_feature_layer_is_what_the_last_convolution_before_a_head_reads(cfg):
 # What is compared
 
 
-def test_an_identical_teacher_teaches_nothing():
-    student = network()
-    parts = lessons_of(Distiller(student, network(), Lessons(EXACT, weight=1)), pictures())
-    other = lessons_of(Distiller(student, network(seed=1), Lessons(EXACT, weight=1)), pictures())
+QUANTISED = TINY.replace("[convolutional]\nbatch", "[quan_convolutional]\nbatch")
+
+
+@pytest.mark.parametrize("text", [TINY, QUANTISED], ids=["float", "quantised"])
+def test_an_identical_teacher_teaches_nothing(text):
+    student = network(text)
+    parts = lessons_of(Distiller(student, network(text), Lessons(EXACT, weight=1)), pictures())
+    other = lessons_of(Distiller(student, network(text, seed=1), Lessons(EXACT, weight=1)), pictures())
     for kind in EXACT:
-        assert abs(parts[f"kd_{kind}"].item()) < 1e-5
-        assert other[f"kd_{kind}"].item() > 1e-4
+        assert abs(parts[f"kd_{kind}"].item()) < 1e-6
+        assert other[f"kd_{kind}"].item() > 1e-5
 
 
 def outputs(t: Tensor, **changes: object) -> Outputs:
@@ -97,18 +102,25 @@ def test_logits_are_divergences_weighed_by_the_teachers_objectness():
     own = ours[..., 4].sigmoid()
     objectness = sure * (sure / own).log() + (1 - sure) * ((1 - sure) / (1 - own)).log()
     expected = 9 * (sure * each.sum(-1)).sum() + objectness.sum()
-    total, count = logits(outputs(ours), outputs(theirs), TARGETS, (96, 96), 3.0)
+    total, count = logits(outputs(ours), outputs(theirs), TRUTHS, 3.0)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(count, sure.sum())
     given = outputs(ours.sigmoid(), is_new_coords=True)  # the same head, but its convolution is logistic already
-    torch.testing.assert_close(logits(given, outputs(theirs), TARGETS, (96, 96), 3.0)[0], expected)
+    torch.testing.assert_close(logits(given, outputs(theirs), TRUTHS, 3.0)[0], expected)
+
+
+def test_what_is_too_certain_learns_too():
+    ours, theirs = torch.full((1, 2, 3, 3, 9), 1e-6, requires_grad=True), torch.full((1, 2, 3, 3, 9), 0.9)
+    total, _ = logits(outputs(ours, is_new_coords=True), outputs(theirs, is_new_coords=True), TRUTHS, 1.0)
+    total.backward()
+    assert ours.grad[..., 4:].max() < 0
 
 
 def test_classes_that_exclude_each_other_are_one_distribution():
     ours, theirs = random(1, 2, 3, 3, 9), random(1, 2, 3, 3, 9).flip(1)
     ours[..., 4] = theirs[..., 4]
     p, q = theirs[..., 5:].softmax(-1), ours[..., 5:].softmax(-1)
-    total, _ = logits(outputs(ours, is_softmax=True), outputs(theirs, is_softmax=True), TARGETS, (96, 96), 1.0)
+    total, _ = logits(outputs(ours, is_softmax=True), outputs(theirs, is_softmax=True), TRUTHS, 1.0)
     torch.testing.assert_close(total, (theirs[..., 4].sigmoid() * (p * (p / q).log()).sum(-1)).sum())
 
 
@@ -116,19 +128,21 @@ def test_boxes_learn_only_where_the_teacher_is_nearer_to_the_truth():
     """The truth lies in the middle of a cell and is as large as the first anchor: outputs of 0 hit it."""
     head = network().heads[0]
     side = head.anchors[0][0] / 96
-    truth = torch.tensor([[0, 0, 1.5 / 6, 1.5 / 6, side, side]])
+    truth = Truths(torch.tensor([[0, 0, 1.5 / 6, 1.5 / 6, side, side]]), (96, 96), Recipe())
     right, wrong = torch.zeros(1, 2, 6, 6, 9), torch.zeros(1, 2, 6, 6, 9)
     wrong[:, 0, ..., 2:4], wrong[:, 1, ..., 2:4] = 0.3, -0.3  # the second anchor is larger than the truth
     wrong.requires_grad_()
-    total, count = box(outputs(wrong), outputs(right), truth, (96, 96), 1.0)
+    total, count = box(outputs(wrong), outputs(right), truth, 1.0)
     assert total > 0.05
     (slope,) = torch.autograd.grad(total, wrong)
     assert slope[0, 0, 1, 1, 2] > 0  # too wide: it is to shrink
     places = slope.abs().sum(-1).nonzero()
     assert places.tolist() == [[0, 0, 1, 1]]  # the other anchor's student is nearer to the truth than its teacher
     assert count >= 1
-    assert box(outputs(right), outputs(right + 0.3), truth, (96, 96), 1.0)[0] == 0
-    assert box(outputs(wrong), outputs(right), truth[:0], (96, 96), 1.0) == (0, 0)
+    assert box(outputs(right), outputs(right + 0.3), truth, 1.0)[0] == 0
+    assert box(outputs(wrong), outputs(right), truth._replace(targets=truth.targets[:0]), 1.0) == (0, 0)
+    strict = truth._replace(recipe=Recipe(anchor_ratio=1.01))  # the other anchor takes no such truth
+    assert (count, box(outputs(wrong), outputs(right), strict, 1.0)[1]) == (2, 1)
 
 
 def test_channels_are_compared_by_where_they_look():
@@ -229,6 +243,13 @@ def test_auto_holds_the_lessons_at_a_share_of_the_detection_loss():
         assert distiller.means[kind] == pytest.approx(value, rel=1e-5)
     same = Distiller(student, network(), Lessons(("cwd",)))
     assert lessons_of(same, pictures())["kd"] < 1e-5 * MOST
+
+
+def test_a_first_batch_without_a_lesson_does_not_count():
+    distiller = Distiller(network(), network(seed=1), Lessons(("box",)))
+    assert lessons_of(distiller, pictures(), TARGETS[:0])["kd"] == 0
+    parts = lessons_of(distiller, pictures())
+    assert parts["kd"].item() == pytest.approx(Lessons.share, rel=1e-5)
 
 
 def test_cosine_fades():

@@ -9,13 +9,16 @@ from benchmarks.distillation import ALONE, Student, compare, step_rows
 from models import Darknet, load_cfg, save_weights
 from models.weights import save_checkpoint
 from tests.networks import FIXTURES, ROOT
+from utils.head_pairs import KINDS
 
 CFG = FIXTURES / "tiny.cfg"
 
 
 def test_the_ratio_is_to_a_step_and_a_pass_together():
-    alone, forward, taught = step_rows(CFG, Darknet(load_cfg(CFG)), 64, 2, rounds=1)
-    assert taught["ratio"] == pytest.approx(taught["ms"] / (alone["ms"] + forward["ms"]))
+    alone, forward, *taught = step_rows(CFG, Darknet(load_cfg(CFG)), 64, 2, rounds=1)
+    assert [row["what"] for row in taught] == [f"step with {kind}" for kind in KINDS]
+    for row in taught:
+        assert row["ratio"] == pytest.approx(row["ms"] / (alone["ms"] + forward["ms"]))
     assert "ratio" not in alone | forward
 
 

@@ -267,6 +267,19 @@ def test_two_datasets_of_one_picture(command, scenes, tmp_path):
     assert outcome.status == 0, outcome.err
     assert json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])["map50"] == 0
 
+    one = ("--epochs", 1, "--batch-size", 1, "--img-size", 16)
+    outcome = command("train", *flags(folder / "a.data", *one))
+    assert outcome.status == 2
+    assert "a channel has a single number, which has no variance" in outcome.err.splitlines()[-1]
+
+
+def test_corners_are_no_centres(command, scenes, tmp_path):
+    head = "[Gaussian_yolo]\nmask=0\nanchors=8,8\nclasses=4\nyolo_point=left_top\n"
+    (tmp_path / "x.cfg").write_text(f"[net]\nwidth=32\nheight=32\n[convolutional]\nfilters=13\nstride=8\n{head}")
+    outcome = command("train", "--data", scenes, "--cfg", "x.cfg", "--img-size", 32)
+    assert outcome.status == 2
+    assert "x.cfg:11: yolo_point=left_top is detected with, but not trained" in outcome.err.splitlines()[-1]
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

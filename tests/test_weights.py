@@ -231,12 +231,14 @@ class Foreign:
     ("content", "message"),
     [
         ("truncated", "is not a readable checkpoint (cut short, or not written by train.py)"),
+        ("begun", "is not a readable checkpoint (cut short, or not written by train.py)"),
         ("empty", "is not a readable checkpoint (cut short, or not written by train.py)"),
         ("text", "is not a readable checkpoint (cut short, or not written by train.py)"),
         ("pickle", "is not a readable checkpoint (cut short, or not written by train.py)"),
         ("pickled module", "is not a readable checkpoint (cut short, or not written by train.py)"),
         ("state", "is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')"),
         ("list", "is not a Darkslim checkpoint (expected the keys 'cfg' and 'model')"),
+        ("names", "its class names are no list of texts (damaged?)"),
         ("numbers", "no layer of it fits CFG (was it made with another cfg?)"),
         ("other network", "no layer of it fits CFG (was it made with another cfg?)"),
         ("nan", "holds NaN or infinity in layer 19 (a failed training?)"),
@@ -253,6 +255,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     match content:
         case "truncated":
             path.write_bytes(path.read_bytes()[:-1000])
+        case "begun":
+            path.write_bytes(path.read_bytes()[:5000])
+        case "names":
+            torch.save(whole | {"names": [1, 2]}, path)
         case "empty":
             path.write_bytes(b"")
         case "text":

@@ -183,7 +183,7 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
     "sa": {"kernelsize": "side of the kernel, odd"},
     "yolo": {**HEAD, "new_coords": "1: the convolution before is logistic, sizes are squares"},
-    "Gaussian_yolo": {**HEAD, "yolo_point": "the point of a box that x and y tell"},
+    "Gaussian_yolo": {**HEAD, "yolo_point": "the point of a box that x and y tell; training knows the centre alone"},
     "region": {
         "anchors": "pairs of width and height in cells",
         "num": "how many pairs of `anchors` this head uses",

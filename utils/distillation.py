@@ -3,15 +3,17 @@
 The teacher sees the same augmented batch. docs/distillation.md says which strategy is for what.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models import Darknet
+from models.quant import QuantConv2d
 from models.yolo import HeadSpec, split
 
 from . import dist
@@ -19,6 +21,7 @@ from . import feature_distillation as features
 from . import output_distillation as outputs
 from .head_pairs import Pair, feature_layer, find_pairs
 from .log import DataError
+from .recipe import Recipe
 
 DEFAULT = ("pkd",)
 SCHEDULES = ("constant", "cosine")
@@ -32,7 +35,7 @@ class Lessons:
     """What distillation is to do.
 
     `kinds` are strategies. `weight` multiplies each loss; None holds all of them together at `share` of the detection
-    loss. "cosine" takes that to 0 by the last of `epochs`.
+    loss. "cosine" takes that to 0 by the last of `epochs`. By `recipe` anchors answer for truths.
     """
 
     kinds: tuple[str, ...] = DEFAULT
@@ -41,18 +44,21 @@ class Lessons:
     schedule: str = "constant"
     temperature: float | None = None
     epochs: int = 1
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 class Distiller:
     """A teacher, what of it a student learns, and how much each lesson counts.
 
     `pupil` is the student with the modules that learn along. Those and the running means are the state. The teacher is
-    fused and stays as it is. Raises DataError where a strategy suits no heads of the two.
+    a copy, fused where it is not quantised. Raises DataError where a strategy suits no heads of the two.
     """
 
     def __init__(self, student: Darknet, teacher: Darknet, lessons: Lessons) -> None:
         device = next(student.parameters()).device
-        self.teacher = teacher.fuse().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        is_quantised = any(isinstance(module, QuantConv2d) for module in teacher.modules())  # fused, levels would move
+        teacher = copy.deepcopy(teacher).eval() if is_quantised else teacher.fuse()
+        self.teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.heads = student.heads
         self.lessons = lessons
         self.pairs, self.notes = find_pairs(student, teacher, lessons.kinds)
@@ -99,10 +105,11 @@ class Distiller:
         with the name of a strategy its loss before it is weighed.
         """
         (maps, compared), (their_maps, their_features) = ours, theirs
+        truths = outputs.Truths(targets, size, self.lessons.recipe)
         sums, counts = [], []
         for kind, pairs in self.pairs.items():
             if kind in outputs.STRATEGIES:
-                total, count = self._compare_outputs(kind, pairs, maps, their_maps, targets, size)
+                total, count = self._compare_outputs(kind, pairs, maps, their_maps, truths)
             else:
                 total, count = self._compare_features(kind, compared[kind], their_features)
             sums.append(total)
@@ -137,8 +144,7 @@ class Distiller:
         pairs: Sequence[Pair],
         maps: list[Tensor],
         their_maps: list[Tensor],
-        targets: Tensor,
-        size: tuple[int, int],
+        truths: outputs.Truths,
     ) -> tuple[Tensor, Tensor]:
         temperature = self._temperature(kind)
         found = []
@@ -147,7 +153,7 @@ class Distiller:
             ours = _choose(maps[pair.student], self.heads[pair.student], own)
             theirs = _choose(their_maps[pair.teacher], self.teacher.heads[pair.teacher], other)
             _check_shapes(ours.t, theirs.t, self.teacher)
-            found.append(outputs.STRATEGIES[kind](ours, theirs, targets, size, temperature))
+            found.append(outputs.STRATEGIES[kind](ours, theirs, truths, temperature))
         totals, counts = zip(*found, strict=True)
         return torch.stack(totals).sum(), torch.stack(counts).sum()
 
@@ -169,7 +175,7 @@ class Distiller:
             return dict.fromkeys(losses, self.lessons.weight)
         values = torch.stack([detection.detach(), *(value.detach() for value in losses.values())])
         for name, value in zip(("detection", *losses), dist.averages(values.tolist()), strict=True):
-            self.means[name] = MEMORY * self.means.get(name, value) + (1 - MEMORY) * value
+            self.means[name] = MEMORY * (self.means.get(name) or value) + (1 - MEMORY) * value
         wanted = self.lessons.share * self.means["detection"] / len(losses)
         return {kind: min(MOST, wanted / max(self.means[kind], 1e-12)) for kind in losses}
 

@@ -6,6 +6,8 @@ import difflib
 from . import cli
 from .distillation import DEFAULT, SCHEDULES, TEMPERATURES, Lessons
 from .head_pairs import KINDS
+from .recipe import Recipe
+from .schedule import AnyRecipe
 
 FLAGS = "t_cfg t_weights kd kd_weight kd_share kd_schedule kd_temperature".split()
 
@@ -55,13 +57,14 @@ def distillation_problem(args: argparse.Namespace, given: set[str]) -> str:
         return "--batch-size auto does not count what a teacher takes: give a number"
     if "kd_share" in given and args.kd_weight != "auto":
         return "--kd-share says what --kd-weight auto aims at: leave one of them out"
-    if "kd_temperature" in given and args.kd and not set(args.kd.split("+")) & TEMPERATURES.keys():
-        return f"--kd-temperature means nothing to --kd {args.kd} (only to {' and '.join(TEMPERATURES)})"
+    chosen = args.kd or "+".join(DEFAULT)
+    if "kd_temperature" in given and not set(chosen.split("+")) & TEMPERATURES.keys():
+        return f"--kd-temperature means nothing to --kd {chosen} (only to {' and '.join(TEMPERATURES)})"
     return ""
 
 
-def make_lessons(args: argparse.Namespace) -> Lessons:
-    """Give what the flags ask for."""
+def make_lessons(args: argparse.Namespace, recipe: AnyRecipe) -> Lessons:
+    """Give what the flags ask for; Darknet's recipe, which gives a truth one anchor, has ours stand in for `box`."""
     return Lessons(
         tuple(args.kd.split("+")) if args.kd else DEFAULT,
         None if args.kd_weight == "auto" else args.kd_weight,
@@ -69,4 +72,5 @@ def make_lessons(args: argparse.Namespace) -> Lessons:
         args.kd_schedule,
         args.kd_temperature,
         args.epochs,
+        recipe if isinstance(recipe, Recipe) else Recipe(),
     )

@@ -166,12 +166,21 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _naming_compiler() -> Iterator[None]:
-    """Name --compile where the compiler fails: the try of `compile_model` is small, the network comes with a batch."""
+def _explained() -> Iterator[None]:
+    """Name --compile where the compiler fails: the try of `compile_model` is small, the network comes with a batch.
+
+    Raises DataError, also where a batch is too small for batch normalisation.
+    """
     try:
         yield
     except TorchDynamoException as error:
         raise DataError(_no_compiler(getattr(error, "inner_exception", error))) from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "a channel has a single number, which has no variance (larger --batch-size or --img-size)"
+        ) from None
 
 
 def _no_compiler(error: Exception) -> str:
@@ -225,7 +234,7 @@ def train_one_epoch(
             freeze(trainer.scheduler.last_epoch)
         makes_step = (number + 1) % accumulate == 0 or number + 1 == steps
         first = number - number % accumulate
-        with _naming_compiler(), nullcontext() if makes_step else hold_back():
+        with _explained(), nullcontext() if makes_step else hold_back():
             loss, parts = step_loss(to_input(batch.pictures, device), batch.targets.to(device))
             values = _finite_values({"loss": loss, **parts}, f"{title}, batch {number + 1}")
             trainer.scaler.scale(loss / min(accumulate, steps - first)).backward()

@@ -27,9 +27,15 @@ class Outputs(NamedTuple):
     spec: HeadSpec
 
 
-def logits(
-    student: Outputs, teacher: Outputs, targets: Tensor, size: tuple[int, int], temperature: float
-) -> tuple[Tensor, Tensor]:
+class Truths(NamedTuple):
+    """Targets [N, 6] of a batch of `size` (height, width), and the recipe by which anchors answer for them."""
+
+    targets: Tensor
+    size: tuple[int, int]
+    recipe: Recipe
+
+
+def logits(student: Outputs, teacher: Outputs, truths: Truths, temperature: float) -> tuple[Tensor, Tensor]:
     """Compare the distributions of classes, and objectness, where the teacher is sure that there is something.
 
     KL divergence (https://arxiv.org/abs/1503.02531), of every class alone or, with softmax, of all together, at
@@ -47,22 +53,21 @@ def logits(
     return objectness + temperature**2 * (confidence * classes.sum(-1)).sum(), confidence.sum()
 
 
-def box(
-    student: Outputs, teacher: Outputs, targets: Tensor, size: tuple[int, int], temperature: float
-) -> tuple[Tensor, Tensor]:
+def box(student: Outputs, teacher: Outputs, truths: Truths, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw boxes to the teacher's where those are nearer to the truth, as much as they overlap with it.
 
     Bounded by the teacher as in "Learning efficient object detection models with knowledge distillation" (Chen et al.,
     NeurIPS 2017), whose regression is to the truth; that the detection loss does. Divided by the matches
     of the student's anchors with truths.
     """
-    matches = assign(targets, student.t.shape[2:4], student.spec, size, Recipe())
+    size = truths.size
+    matches = assign(truths.targets, student.t.shape[2:4], student.spec, size, truths.recipe)
     if not len(matches.classes):
         return student.t.new_zeros(()), student.t.new_zeros(())
-    truths = truth_boxes(student.t, matches, size)  # [M, 4] xyxy_px
+    wanted = truth_boxes(student.t, matches, size)  # [M, 4] xyxy_px
     ours = predicted_boxes(student.t, matches.places, student.spec, size)
     theirs = predicted_boxes(teacher.t, matches.places, teacher.spec, size)
-    own_error, error = complete_box_iou_loss(ours.detach(), truths), complete_box_iou_loss(theirs, truths)
+    own_error, error = complete_box_iou_loss(ours.detach(), wanted), complete_box_iou_loss(theirs, wanted)
     weight = torch.where(error < own_error, (1 - error).clamp_min(0), 0)  # [M]
     return (weight * complete_box_iou_loss(ours, theirs)).sum(), weight.new_tensor(len(weight))
 
@@ -80,9 +85,12 @@ def obstacle(kind: str, student: HeadSpec, teacher: HeadSpec) -> str:
 
 
 def _logits(outputs: Outputs) -> Tensor:
-    """Give objectness and classes [B, A, H, W, 1+C] as logits."""
+    """Give objectness and classes [B, A, H, W, 1+C] as logits; what is too certain keeps its gradient."""
     values = outputs.t[..., 4:]
-    return values.logit(CERTAIN) if outputs.spec.is_new_coords else values
+    if not outputs.spec.is_new_coords:
+        return values
+    kept = values.clamp(CERTAIN, 1 - CERTAIN)
+    return (values + (kept - values).detach()).logit()
 
 
 def _binary_divergence(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from models import Darknet, dump, load_cfg
 from models.weights import checkpoint_cfg, load_checkpoint, load_model, save_checkpoint
 
 from . import dist
-from .log import DataError
+from .log import DataError, log
 
 FILE = "teacher.pt"  # in the run's folder
 
@@ -36,6 +36,7 @@ def load_teacher(args: argparse.Namespace, names: Sequence[str], kept: Path | No
     learned = tuple(checkpoint.get("names", names))
     if learned != tuple(names) and not args.single_cls:
         raise DataError(f"{args.data}: names {', '.join(names)}, but {weights} learned {', '.join(learned)}")
+    log.info("%s teaches", weights)
     return teacher
 
 
@@ -58,8 +59,9 @@ def check_teacher(
         raise DataError(f"{path}: the teacher takes sides of multiples of {stride}, --rect makes others (leave it out)")
 
 
-def save_teacher(teacher: Darknet, folder: Path) -> None:
+def save_teacher(teacher: Darknet, names: Sequence[str], folder: Path) -> None:
     """Keep an unfused teacher in a run's folder, so that the run can be resumed whatever becomes of its file."""
     if dist.is_first():
-        content = {"cfg": dump(teacher.cfg), "cfg_path": teacher.cfg.path, "model": teacher.state_dict()}
+        described = {"cfg": dump(teacher.cfg), "cfg_path": teacher.cfg.path, "names": list(names)}
+        content = described | {"model": teacher.state_dict()}
         save_checkpoint(folder / FILE, content)

@@ -38,7 +38,7 @@ from .engine import (
 )
 from .evaluate import Evaluation, Settings, evaluate
 from .lists import load_data
-from .log import log
+from .log import DataError, log
 from .memory import largest_batch
 from .runs import Run, new_folder, run_folder
 from .schedule import AnyRecipe, batches_per_step
@@ -70,6 +70,7 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
     recipe = make_recipe(args, cfg, resumed)  # before the network: what it reads of the cfg is not set aside
     model = Darknet(cfg, allow_unknown=args.allow_unknown)
     cli.check_model(model, names, args.data)
+    _check_points(model)
     sizes, test_size = training_sizes(model, args, recipe)
     filled = load_weights(model, args.weights) if args.weights and not resumed else []
     name = args.name or Path(args.cfg).stem
@@ -83,7 +84,7 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
         args.batch_size = min(len(train_set.paths), largest_batch(model, recipe, sizes[-1], device, dtype))
     args.batch_size, args.epochs = settle_lengths(args, recipe, len(train_set.paths))
     model = synchronise_statistics(model, device) if args.sync_bn else model
-    distiller = Distiller(model, teacher, make_lessons(args)) if teacher else None
+    distiller = Distiller(model, teacher, make_lessons(args, recipe)) if teacher else None
 
     run = Run(folder, resumed, args=args, recipe=recipe, names=names)
     log.info("%s: %s parameters, %d heads, on %s", cfg.path, f"{count_parameters(model):,}", len(model.heads), device)
@@ -92,7 +93,7 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
     for line in distiller.describe() if distiller else []:
         log.info("%s", line)
     if teacher and not (resumed or args.nosave):
-        save_teacher(teacher, folder)
+        save_teacher(teacher, names, folder)
     pictures, batches = training_pictures(model, train_set, data.train, sizes, recipe, args)
     run.draw_inputs(pictures, batches, valid_set)
     if not resumed:
@@ -110,6 +111,17 @@ def _train(args: argparse.Namespace, resumed: dict[str, Any], device: torch.devi
     evaluation, results = run_epochs(args, run, trainer, batches, train_epoch, judge, first=resumed.get("epoch", 0))
     run.draw_results(evaluation, results, valid_set)
     run.close()
+
+
+def _check_points(model: Darknet) -> None:
+    """Raise DataError where a head tells another point of a box than the centre, which the losses do not know."""
+    for head in model.heads:
+        if head.point != "center":
+            line = model.expanded.sections[1 + head.layer].line_of("yolo_point")
+            raise DataError(
+                f"{model.cfg.path}:{line}: yolo_point={head.point} is detected with, but not trained (set"
+                " yolo_point=center)"
+            )
 
 
 def _start_quantisers(
