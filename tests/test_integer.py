@@ -75,12 +75,17 @@ def network(w: int, a: int, *keys: str) -> str:
 
 
 def write(model: Darknet, x: torch.Tensor) -> tuple[IntegerWriter, list[str], bytes]:
-    """Write a network's graph with the levels of all maps beside the raw heads."""
+    """Write a network's graph with the levels of all maps beside the raw heads; those before an activation too."""
     g = Graph()
     writer = IntegerWriter(g, model, make_plan(model, [x]))
     with torch.inference_mode():
         raws = writer.write()
     raw, _ = g.model({IMAGES: ["batch", 3, 64, 64]}, {raw: ["b", "c", "h", "w"] for raw in raws}, {})
+    for node in raw.graph.node:
+        layers = {name.partition("/")[0] for name in (node.input[0], node.output[0])}  # N/… is of layer N
+        for index, grid in writer.plan.before.items():
+            if node.op_type == "QuantizeLinear" and layers == {str(index)}:
+                writer.levels.setdefault((index, grid), node.output[0])
     for output in writer.levels.values():
         raw.graph.output.append(g.onnx.helper.make_tensor_value_info(output, g.onnx.TensorProto.UINT8, None))
     return writer, raws, raw.SerializeToString()
@@ -115,11 +120,13 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
     levels = find_levels(writer, data, x)
     compared = 0
     for index, block in enumerate(model.blocks):
-        target = writer.plan.own.get(index) or writer.plan.target(index)
-        if index not in writer.plan.convs or target is None or index in writer.plan.before:
+        before = writer.plan.before.get(index)
+        target = before or writer.plan.own.get(index) or writer.plan.target(index)
+        if index not in writer.plan.convs or target is None:
             continue
         grid = block.conv.activation_grid()
-        y = block((levels[model.layers[index].inputs[0], grid] - grid.zero) * grid.step)
+        x = (levels[model.layers[index].inputs[0], grid] - grid.zero) * grid.step
+        y = block.bn(block.conv(x)) if before else block(x)
         wanted = (y / target.step + target.zero).clamp(0, target.top).round()
         apart = (levels[index, target] - wanted).abs()
         assert apart.max() <= 1
@@ -127,6 +134,23 @@ def test_layers_give_the_levels_of_the_training(keys: tuple[str, ...], w: int, a
         assert len(wanted.unique()) > 1
         compared += 1
     assert compared >= (1 if keys else 4)  # where steps are learned readers rarely share one
+
+
+@torch.inference_mode()
+def test_levels_are_off_by_one_at_most_whatever_the_statistics_say() -> None:
+    model, x = make(network(7, 8)), torch.rand(4, 3, 64, 64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var[::2] = 0
+    writer, _, data = write(model, x)
+    levels = find_levels(writer, data, x)
+    for index, block in enumerate(model.blocks[:9]):
+        target = writer.plan.own.get(index) or writer.plan.target(index)
+        if index in writer.plan.convs:
+            grid = block.conv.activation_grid()
+            y = block((levels[model.layers[index].inputs[0], grid] - grid.zero) * grid.step)
+            wanted = (y / target.step + target.zero).clamp(0, target.top).round()
+            assert (levels[index, target] - wanted).abs().max() <= 1
 
 
 @torch.inference_mode()

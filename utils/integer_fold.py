@@ -11,7 +11,8 @@ from models.layers_conv import Convolution
 from models.quant import ActivationGrid, QuantConv2d
 
 MAX_BIAS, TINY = 2**30, 1e-30  # of a bias, which leaves the sums room in 32 bits; of a scale
-MOST_LEAN = 0.1  # share of a scale that may make up for a rounded bias
+MOST_LEAN = 0.5  # levels by which a scale that makes up for a rounded bias may move the outermost border
+DOUBT = 0.02  # share of the outputs that are not as batch normalisation says
 
 
 class Folded(NamedTuple):
@@ -81,13 +82,14 @@ def settle(
     """
     borders = torch.arange(target.top).double()[:, None] + 0.5 - target.zero  # [T, 1], in levels
     mean, deviation = (each / target.step for each in outputs)
-    odds = (-((borders - mean) / deviation).square() / 2).softmax(0)  # [T, O]
+    odds = (1 - DOUBT) * (-((borders - mean) / deviation).square() / 2).softmax(0) + DOUBT / len(borders)  # [T, O]
     unit = scale * value / target.step
     wanted = ((borders / unit - bias) / multiple).floor()  # [T, O], the last sum before each border
     weight = unit * (odds * borders).sum(0) / (odds * borders.square()).sum(0)
+    most = MOST_LEAN / borders.abs().max()
     tried = []
     for whole in (bias.round(), bias.round() + 1, bias.round() - 1):
-        lean = 1 + (weight * (whole - bias)).clamp(-MOST_LEAN, MOST_LEAN)
+        lean = 1 + (weight * (whole - bias)).clamp(-most, most)
         for kept in (scale.float(), (scale / lean).float()):
             unit = (kept * np.float32(value) / np.float32(target.step)).double()  # in FP32, as kernels compute it
             found = ((borders / unit - whole) / multiple).floor()
