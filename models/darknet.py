@@ -45,7 +45,7 @@ class Darknet(nn.Module):
             built.layers, self.stored = store_maps(built.layers)
             if not any(self.stored):
                 log.warning(
-                    "%s: [net] map_bits=8 stores no map: no convolution is quantised to 8 bits or fewer (leave it out)",
+                    "%s: [net] map_bits=8 stores no map: no convolution computes in integers (leave it out)",
                     cfg.path,
                 )
         self.layers = built.layers

@@ -59,6 +59,10 @@ def load_weights(model: Darknet, path: str | Path) -> list[int]:
     with `dontload` and neither scales nor statistics of one with `dontloadscales`, as Darknet reads it. Quantisers
     start afresh where the file is of the network's float form, or of other bits. Raises WeightsError.
     """
+    if Path(path).suffix == ".onnx":
+        raise WeightsError(
+            f"{path}: runs in test.py, detect.py and utils.benchmark alone (give the .pt or .weights it was made of)"
+        )
     if Path(path).suffix == ".pt":
         checkpoint = load_checkpoint(path)
         stale = _stale_steps(model, checkpoint, path)
@@ -80,6 +84,9 @@ def load_state(model: Darknet, state: Mapping[str, Tensor], path: str | Path) ->
         if is_filled:
             if not all(state[name].isfinite().all() for name in _state_names(index, layer) if name in state):
                 raise WeightsError(f"{path}: holds NaN or infinity in layer {index} (a failed training?)")
+            variance = state.get(f"blocks.{index}.bn.running_var")
+            if variance is not None and (variance < 0).any():
+                raise WeightsError(f"{path}: holds a negative variance in layer {index} (damaged?)")
             filled.append(index)
     if not any(model.layers[index].has_weights for index in filled):
         raise WeightsError(f"{path}: no layer of it fits {model.cfg.path} (was it made with another cfg?)")
@@ -156,17 +163,21 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, then rename. Raises WeightsError when the disk refuses."""
-    partial = Path(f"{path}.partial")
+    file = Path(path).resolve()  # a link stays one
+    partial, has_file = Path(f"{file}.partial"), file.exists()
+    if has_file and not (file.is_file() or file.is_dir()):
+        raise WeightsError(f"{path}: cannot write: it is a device or the like, and no file")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with suppress(OSError):
             partial.unlink()
-        raise WeightsError(f"{path}: cannot write: {error}; the file that was there is unharmed") from None
+        unharmed = "; the file that was there is unharmed" if has_file else ""
+        raise WeightsError(f"{path}: cannot write: {error}{unharmed}") from None
 
 
 def checkpoint_cfg(checkpoint: Mapping[str, Any], path: str | Path) -> Cfg:

@@ -90,7 +90,7 @@ def test_nms_stands_behind_integers(command, trained):
     assert "mAP@.5 " in outcome.out
     assert count_integer(Path("int8.onnx").read_bytes())[0] > 10
     boxes, scores = network(x)
-    (found,) = OnnxNetwork("int8.onnx")(x)
+    found = torch.from_numpy(*OnnxNetwork("int8.onnx").run(x.numpy()))  # [M, 7]
     for picture in range(2):
         ours = non_maximum_suppression(boxes[picture], scores[picture], conf_thres=0.25, iou_thres=0.6, max_det=10**6)
         theirs = found[found[:, 0] == picture, 1:]
@@ -112,6 +112,9 @@ def test_test_runs_it(command, trained):
     ("flags", "complaint"),
     [
         (["--reduce-range"], "--reduce-range: goes with --int8 alone"),
+        (["--calibrate", 5], "--calibrate: goes with --int8 alone"),
+        (["--conf-thres", 0.5], "--conf-thres: goes with --nms alone"),
+        (["--max-det", 5, "--output", "x.pt"], "--max-det: goes with --format onnx alone"),
         (["--int8", "--format", "pt", "--output", "x.pt"], "--int8: goes with --format onnx alone"),
         (["--calibration", "entropy", "--output", "x.pt"], "--calibration: goes with --format onnx alone"),
         (["--sensitivity"], "--sensitivity: goes with --int8 alone"),

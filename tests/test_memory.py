@@ -60,3 +60,10 @@ def test_memory_that_was_freed_is_used_again() -> None:
     outcome = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     lost, kept = map(int, outcome.stdout.split())
     assert kept < lost / 10
+
+
+def test_memory_that_does_not_suffice_has_its_line(command) -> None:
+    outcome = command("utils/benchmark", CFG, "--batch-size", 10**9, "--img-size", 960, "--backends", "eager")
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].startswith("memory does not suffice: ")
+    assert outcome.err.splitlines()[-1].endswith("(smaller --batch-size or --img-size)")

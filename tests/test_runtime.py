@@ -132,6 +132,30 @@ def test_what_an_onnx_cannot_do_is_refused_in_a_line(command, trained, kind, scr
     assert outcome.err.splitlines()[-1] == complaint.format(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("heads", [], "there is no head"),
+        ("size", [96], "a size has two sides"),
+        ("stride", 0, "sizes, strides and channels are whole numbers from 1 on"),
+        ("names", 5, "int"),
+        ("data", 5, "names and paths are texts"),
+        ("outputs", "boxes and scores", "gives 1 outputs, which are no boxes and scores"),
+        ("outputs", "nothing", "outputs are no 'nothing'"),
+    ],
+)
+def test_a_description_that_is_wrong(command, trained, scenes, key, value, complaint):
+    graph = onnx.load(write(trained))
+    if key == "outputs":
+        del graph.graph.output[1:]
+    next(each for each in graph.metadata_props if each.key == key).value = json.dumps(value)
+    onnx.save(graph, "wrong.onnx")
+    outcome = command("detect", "--weights", "wrong.onnx", "--source", scenes.parent / "images/valid")
+    assert outcome.status == 2, outcome.err
+    assert "wrong.onnx" in outcome.err.splitlines()[-1]
+    assert complaint in outcome.err.splitlines()[-1]
+
+
 def test_files_that_are_no_such_network(command, trained, tmp_path):
     graph = onnx.load(write(trained))
     del graph.metadata_props[:]

@@ -127,9 +127,7 @@ def test_levels_move_numbers_by_half_a_step() -> None:
 def test_nothing_to_store_is_told(caplog) -> None:
     text = STORED + CFG.replace("[quan_convolutional]", "[quan_convolutional]\nw_bits=16")
     assert Darknet(parse(text)).stored == Stored((), ())
-    assert (
-        "[net] map_bits=8 stores no map: no convolution is quantised to 8 bits or fewer (leave it out)" in caplog.text
-    )
+    assert "[net] map_bits=8 stores no map: no convolution computes in integers (leave it out)" in caplog.text
 
 
 def test_other_bits_are_refused() -> None:

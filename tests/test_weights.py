@@ -241,6 +241,7 @@ class Foreign:
         ("names", "its class names are no list of texts (damaged?)"),
         ("numbers", "no layer of it fits CFG (was it made with another cfg?)"),
         ("other network", "no layer of it fits CFG (was it made with another cfg?)"),
+        ("variance", "holds a negative variance in layer 0 (damaged?)"),
         ("nan", "holds NaN or infinity in layer 19 (a failed training?)"),
     ],
 )
@@ -275,10 +276,23 @@ def test_a_file_that_is_no_checkpoint_is_refused(
             torch.save(whole | {"model": dict.fromkeys(broken, 1)}, path)
         case "other network":
             torch.save(whole | {"model": {"blocks.0.conv.weight": torch.zeros(3)}}, path)
+        case "variance":
+            name = "blocks.0.bn.running_var"
+            torch.save(whole | {"model": whole["model"] | {name: -whole["model"][name]}}, path)
         case "nan":
             torch.save(whole | {"model": broken}, path)
     assert refusal(model, path) == message.replace("CFG", str(CFG))
     assert not Path("ran").exists()
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path) -> None:
+    model, link = seeded(CFG), tmp_path / "link.weights"
+    link.symlink_to(tmp_path / "real.weights")
+    save_weights(model, link)
+    assert link.is_symlink()
+    assert (tmp_path / "real.weights").stat().st_size > 1000
+    with pytest.raises(WeightsError, match=r"^/dev/null: cannot write: it is a device or the like, and no file$"):
+        save_weights(model, "/dev/null")
 
 
 @contextmanager

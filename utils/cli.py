@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
+
 from models import CfgError, Darknet, WeightsError, load_cfg
 from models.grid import FLOAT_BITS, MAX_BITS
 from models.weights import checkpoint_cfg, load_checkpoint, load_model
@@ -63,12 +65,20 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(0)
     except OSError as error:
         sys.exit(_complain(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if _is_memory(error):
+            reason = (str(error).splitlines() or ["not enough"])[0]
+            sys.exit(_complain(f"memory does not suffice: {reason} (smaller --batch-size or --img-size)"))
         if not dist.is_lost(error):
             raise
         sys.exit(_complain(f"process {dist.rank()} has lost another one: {str(error).splitlines()[0]}", waits=True))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Tell whether an error is of memory that a GPU, PyTorch on the CPU or Python does not get."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def make_parser(doc: str | None) -> Parser:

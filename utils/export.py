@@ -37,6 +37,7 @@ from .onnx_metadata import DECODED, RAW, Metadata
 from .optional import require
 
 FORMATS = {"onnx": ".onnx", "weights": ".weights", "pt": ".pt", "darknet": ".cfg"}
+LIMITS = {"conf_thres": 0.3, "iou_thres": 0.6, "max_det": 300}  # of --nms
 BOUND = 1e-4  # of the largest value: what FP32 may differ by
 
 
@@ -127,8 +128,7 @@ def write_onnx(args: argparse.Namespace, detector: cli.Detector, path: Path) -> 
     if args.nms:
         if model.diou_beta is not None:
             log.info("%s asks for diounms, which ONNX has not: the graph suppresses by IoU", model.cfg.path)
-        limits = {"conf_thres": args.conf_thres, "iou_thres": args.iou_thres, "max_det": args.max_det}
-        data, metadata = add_nms(data, metadata, **limits)
+        data, metadata = add_nms(data, metadata, **{name: vars(args)[name] for name in LIMITS})
     write_atomically(path, lambda partial: partial.write_bytes(data))
     sides = f"{metadata.size[1]}x{metadata.size[0]}{'' if metadata.is_fixed else ' or any other size'}"
     log.info("%s: %s, %s, any batch, %.1f MB", metadata.outputs, metadata.arithmetic, sides, len(data) / 1e6)
@@ -230,11 +230,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fixed", action="store_true", help="an .onnx of this size alone, as some compilers want it")
     parser.add_argument("--decode", action="store_true", help="put out boxes (xywh in pixels) and scores")
     parser.add_argument("--nms", action="store_true", help="put out detections: picture, xyxy, score, class")
-    parser.add_argument("--conf-thres", type=cli.fraction, default=0.3, help="of --nms: least score (default: 0.3)")
-    parser.add_argument("--iou-thres", type=cli.fraction, default=0.6, help="of --nms: overlap allowed (default: 0.6)")
-    parser.add_argument("--max-det", type=cli.positive, default=300, help="of --nms: boxes a class (default: 300)")
+    parser.add_argument("--conf-thres", type=cli.fraction, help="of --nms: least score (default: 0.3)")
+    parser.add_argument("--iou-thres", type=cli.fraction, help="of --nms: overlap allowed (default: 0.6)")
+    parser.add_argument("--max-det", type=cli.positive, help="of --nms: boxes a class (default: 300)")
     parser.add_argument("--int8", action="store_true", help="quantise it, calibrated on train= of --data")
-    parser.add_argument("--calibrate", type=cli.positive, default=300, help="of --int8: pictures (default: 300)")
+    parser.add_argument("--calibrate", type=cli.positive, help="of --int8: pictures (default: 300)")
     parser.add_argument(
         "--reduce-range", action="store_true", help="of --int8: 7-bit weights, for processors without VNNI"
     )
@@ -249,8 +249,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --output: expected a name that ends in {wanted}, gets {args.output!r}")
     is_set = {"--img-size": args.img_size, "--fixed": args.fixed, "--decode": args.decode, "--nms": args.nms}
     is_set |= {"--int8": args.int8, "--reduce-range": args.reduce_range}
-    int8_flags = ptq.given_flags(args)
-    idle = [flag for flag, value in is_set.items() if value] + int8_flags
+    int8_flags = [*ptq.given_flags(args), *["--calibrate"] * (args.calibrate is not None)]
+    nms_flags = [f"--{name.replace('_', '-')}" for name in LIMITS if vars(args)[name] is not None]
+    idle = [flag for flag, value in is_set.items() if value] + int8_flags + nms_flags
     if args.format != "onnx" and idle:
         parser.error(f"argument {idle[0]}: goes with --format onnx alone")
     if args.packed and args.format != "pt":
@@ -258,6 +259,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     int8_flags += ["--reduce-range"] if args.reduce_range else []
     if int8_flags and not args.int8:
         parser.error(f"argument {int8_flags[0]}: goes with --int8 alone")
+    if nms_flags and not args.nms:
+        parser.error(f"argument {nms_flags[0]}: goes with --nms alone")
+    for name, value in {**LIMITS, "calibrate": 300}.items():
+        if vars(args)[name] is None:
+            setattr(args, name, value)
     return args
 
 

@@ -157,14 +157,23 @@ def float_convolutions(data: bytes) -> list[str]:
 
 
 def optimised(data: bytes) -> list[tuple[str, str]]:
-    """Give the names and operators of the nodes that ONNX Runtime makes of an .onnx on this machine."""
+    """Give the names and operators of the nodes that ONNX Runtime makes of an .onnx on this machine.
+
+    Raises DataError where the folder for temporary files has no room for them.
+    """
     runtime, onnx = require("onnxruntime"), require("onnx")
     with tempfile.TemporaryDirectory() as folder:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        start_session(data, options)
-        return [(node.name, node.op_type) for node in onnx.load(options.optimized_model_filepath).graph.node]
+        try:
+            start_session(data, options)
+            nodes = onnx.load(options.optimized_model_filepath).graph.node
+        except Exception as error:  # of ONNX Runtime and onnx, without a common base
+            raise DataError(
+                f"{folder}: ONNX Runtime cannot write there: {error} (is the disk full? TMPDIR names another folder)"
+            ) from None
+        return [(node.name, node.op_type) for node in nodes]
 
 
 def compare(

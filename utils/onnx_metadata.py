@@ -49,9 +49,26 @@ def unpack(properties: Mapping[str, str], path: str) -> Metadata:
         known = [field.name for field in fields(Metadata) if field.name in properties]
         plain = {name: _tuples(json.loads(properties[name])) for name in known}
         heads = tuple(HeadSpec(**spec) for spec in plain.pop("heads"))
-        return Metadata(heads=heads, **plain)
+        metadata = Metadata(heads=heads, **plain)
+        _check(metadata)
+        return metadata
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its description cannot be read: {error} (export it again)") from None
+
+
+def _check(metadata: Metadata) -> None:
+    """Raise ValueError where a value cannot be what it says."""
+    numbers = (*metadata.size, metadata.stride, metadata.channels)
+    texts = (*metadata.names, metadata.data, metadata.arithmetic, metadata.cfg_path, metadata.cfg, metadata.limits)
+    sound = {
+        f"outputs are no {metadata.outputs!r}": metadata.outputs in (RAW, DECODED, DETECTED),
+        "there is no head": bool(metadata.heads),
+        "a size has two sides": len(metadata.size) == 2,
+        "sizes, strides and channels are whole numbers from 1 on": all(type(n) is int and n > 0 for n in numbers),
+        "names and paths are texts": all(isinstance(text, str) for text in texts),
+    }
+    if wrong := [rule for rule, holds in sound.items() if not holds]:
+        raise ValueError(wrong[0])
 
 
 def _tuples(value: Any) -> Any:

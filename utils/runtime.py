@@ -49,10 +49,16 @@ class OnnxNetwork:
         return diou_beta(self.heads)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """Run pictures [B, channels, H, W] in 0..1. Raises DataError where the file takes another size alone."""
+        """Run pictures [B, channels, H, W] in 0..1. Raises DataError where they do not fit the file or the memory."""
         if self.is_fixed and tuple(x.shape[2:]) != self.size:
             raise DataError(f"{self.path}: takes {_sides(self.size)} alone, gets {_sides(x.shape[2:])}")
-        outputs = [torch.from_numpy(output) for output in self.run(x.float().cpu().contiguous().numpy())]
+        try:
+            outputs = [torch.from_numpy(output) for output in self.run(x.float().cpu().contiguous().numpy())]
+        except Exception as error:  # of ONNX Runtime and of OpenVINO, without a common base
+            asked, reason = f"{len(x)} pictures of {_sides(x.shape[2:])}", (str(error).splitlines() or [""])[0]
+            raise DataError(f"{self.path}: cannot compute {asked}: {reason} (try fewer, or smaller ones)") from None
+        if len(outputs) != {DECODED: 2, DETECTED: 1}.get(self.metadata.outputs, len(self.heads)):
+            raise DataError(f"{self.path}: gives {len(outputs)} outputs, which are no {self.metadata.outputs}")
         if self.metadata.outputs == DETECTED:
             outputs = spread(outputs[0], len(x), self.classes)
         return [output.to(x.device) for output in outputs]
