@@ -163,7 +163,8 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, then rename. Raises WeightsError when the disk refuses."""
-    file = Path(path).resolve()  # a link stays one
+    file = Path(path)
+    file = file.resolve() if file.is_symlink() else file  # a link stays one
     partial, has_file = Path(f"{file}.partial"), file.exists()
     if has_file and not (file.is_file() or file.is_dir()):
         raise WeightsError(f"{path}: cannot write: it is a device or the like, and no file")
