@@ -87,7 +87,7 @@ def test_an_identical_teacher_teaches_nothing(text):
     other = lessons_of(Distiller(student, network(text, seed=1), Lessons(EXACT, weight=1)), pictures())
     for kind in EXACT:
         assert abs(parts[f"kd_{kind}"].item()) < 1e-6
-        assert other[f"kd_{kind}"].item() > 1e-5
+        assert other[f"kd_{kind}"].item() > (1e-4 if text == TINY else 1e-5)
 
 
 def outputs(t: Tensor, **changes: object) -> Outputs:
@@ -295,25 +295,27 @@ def test_every_two_cfgs_of_the_zoo_have_something_to_compare():
         assert {len(pairs) for pairs in found.values()} == {len(student.heads)}
 
 
-def step(student: Darknet, teacher: Darknet) -> None:
-    """Train a student for one step with what suits it and a teacher."""
-    parts = epoch(Distiller(student, teacher, Lessons()), student)
-    assert all(math.isfinite(value) for value in parts.values())
-    assert parts["kd"] > 0
+def step(student: Darknet, teacher: Darknet) -> dict[str, float]:
+    """Train a student for one step with what suits it and a teacher; give the parts of its loss."""
+    return epoch(Distiller(student, teacher, Lessons()), student)
+
+
+def is_taught(parts: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in parts.values()) and parts["kd"] > 0
 
 
 @pytest.mark.parametrize(
     "pair", [("slim-s", "shufflenetv2-1x"), ("demo", "yolov3-tiny-eca"), ("yolov4-tiny", "slim-s")], ids="-".join
 )
 def test_two_different_cfgs_start(pair):
-    step(*(network(of_four_classes(ROOT / f"cfg/{stem}.cfg")) for stem in pair))
+    assert is_taught(step(*(network(of_four_classes(ROOT / f"cfg/{stem}.cfg")) for stem in pair)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
 def test_every_student_starts_with_every_teacher(path):
     for other in SHIPPED:
-        step(shipped(path), shipped(other))
+        assert is_taught(step(shipped(path), shipped(other)))
 
 
 @functools.cache
