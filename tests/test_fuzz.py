@@ -164,7 +164,7 @@ def run(model: Darknet) -> None:
     assert [head.shape[1:] for head in heads] == [(layer.channels, *layer.size) for layer in wanted]
 
 
-def fuzz(examples: int) -> None:
+def assert_all_build_or_are_refused(examples: int) -> None:
     """Check so many mutated cfgs; some must build and some must not."""
     built = []
 
@@ -184,12 +184,12 @@ def fuzz(examples: int) -> None:
 
 
 def test_some_mutated_cfgs_build_or_are_refused_with_a_line() -> None:
-    fuzz(300)
+    assert_all_build_or_are_refused(300)
 
 
 @pytest.mark.slow
 def test_many_mutated_cfgs_build_or_are_refused_with_a_line() -> None:
-    fuzz(10_000)
+    assert_all_build_or_are_refused(10_000)
 
 
 def test_a_hang_is_seen() -> None:

@@ -74,7 +74,7 @@ def rows(part: Tensor, spec: HeadSpec) -> np.ndarray:
     return part.view(len(spec.anchors), -1, part.shape[-1]).transpose(0, 1).flatten(0, 1).numpy()
 
 
-def compare_with_opencv(model: Darknet, image: Path, reference: Path) -> None:
+def assert_like_opencv(model: Darknet, image: Path, reference: Path) -> None:
     """Compare raw heads and decoded rows of a stretched picture."""
     width, height = map(int, reference.stem.rpartition("_")[2].split("x"))
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def compare_with_opencv(model: Darknet, image: Path, reference: Path) -> None:
 def test_heads_and_boxes_are_opencvs(reference: str, shared_data: Path) -> None:
     key, picture, _ = reference.rsplit("_", 2)
     image = one(shared_data / "images", f"{picture}.jpg")
-    compare_with_opencv(load(shared_data, key), image, shared_data / f"reference/opencv_raw/{reference}.npz")
+    assert_like_opencv(load(shared_data, key), image, shared_data / f"reference/opencv_raw/{reference}.npz")
 
 
 def seeded_weights(model: Darknet, seed: int, gamma: float) -> bytes:
@@ -129,7 +129,7 @@ def test_heads_and_boxes_of_seeded_weights_are_opencvs(reference: str, shared_da
     assert hashlib.sha256(data).hexdigest() == item["weights_sha256"]
     (tmp_path / "seeded.weights").write_bytes(data)
     assert len(load_weights(model, tmp_path / "seeded.weights")) == len(model.layers)
-    compare_with_opencv(model, shared_data / manifest["image"], folder / f"{reference}.npz")
+    assert_like_opencv(model, shared_data / manifest["image"], folder / f"{reference}.npz")
 
 
 def stretch(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -157,7 +157,7 @@ def candidates(model: Darknet, image: np.ndarray, *, is_letterboxed: bool) -> tu
     return (boxes - torch.tensor([left, top, 0, 0])) / torch.tensor([w, h, w, h]), scores
 
 
-def compare_with_darknet(model: Darknet, shared_data: Path, reference: str, *, pixels: float, score: float) -> None:
+def assert_like_darknet(model: Darknet, shared_data: Path, reference: str, *, pixels: float, score: float) -> None:
     """Find each of Darknet's detections among ours, within `pixels` and `score`, and each of ours below one of them."""
     height, width = model.size
     for frame in json.loads((shared_data / f"reference/darknet/{reference}.json").read_text()):
@@ -179,16 +179,16 @@ def compare_with_darknet(model: Darknet, shared_data: Path, reference: str, *, p
 def test_detections_are_darknets(reference: str, shared_data: Path) -> None:
     # measured: JPEG decoders differ, which moves scores by up to 0.018 and boxes by up to 0.65 pixels
     key = reference.removesuffix("_letterbox")
-    compare_with_darknet(load(shared_data, key), shared_data, reference, pixels=1, score=0.02)
+    assert_like_darknet(load(shared_data, key), shared_data, reference, pixels=1, score=0.02)
 
 
 def test_detections_on_a_lossless_picture_that_needs_no_resize_are_darknets(shared_data: Path) -> None:
     model = load(shared_data, NO_RESIZE.removesuffix("_dog320png"))
-    compare_with_darknet(model, shared_data, NO_RESIZE, pixels=0.5, score=1e-3)
+    assert_like_darknet(model, shared_data, NO_RESIZE, pixels=0.5, score=1e-3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-5  # Darknet's: all that was left between the two
-    compare_with_darknet(model, shared_data, NO_RESIZE, pixels=1e-3, score=1e-5)
+    assert_like_darknet(model, shared_data, NO_RESIZE, pixels=1e-3, score=1e-5)
 
 
 def test_every_reference_is_compared(shared_data: Path) -> None:

@@ -50,7 +50,7 @@ def convolved(x: Tensor, block: nn.Module, padding: int, **keys: int) -> np.ndar
     return leaky(normalise(raw, *statistics(block.bn)))
 
 
-def close(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_dilation_spreads_the_padding_too(keys: str, stride: tuple[int, int], pa
     layer, x = build(f"[convolutional]\nfilters=4\nactivation=linear\n{keys}", (3, 9, 8)), random(1, 3, 9, 8)
     conv = layer.module.conv
     raw = convolve(x[0].numpy(), conv.weight.detach().numpy(), stride, padding, dilation=dilation)
-    close(run(layer, x)[0], raw + conv.bias.detach().numpy()[:, None, None])
+    assert_close(run(layer, x)[0], raw + conv.bias.detach().numpy()[:, None, None])
 
 
 SHARED = f"""{NET}[convolutional]
@@ -106,10 +106,10 @@ def test_share_index_uses_the_weights_of_another_layer_and_a_window_of_its_own()
         second = model.blocks[1](first)
         third = model.blocks[2](second)
     expected = convolved(x[0], owner, 1)
-    close(first[0].numpy(), expected)
+    assert_close(first[0].numpy(), expected)
     expected = convolved(torch.tensor(expected), owner, 1, dilation=2)
-    close(second[0].numpy(), expected)
-    close(third[0].numpy(), convolved(torch.tensor(expected), owner, 1)[:, ::2, ::2])
+    assert_close(second[0].numpy(), expected)
+    assert_close(third[0].numpy(), convolved(torch.tensor(expected), owner, 1)[:, ::2, ::2])
     assert third.shape[1:] == (3, *model.layers[2].size)
 
 
@@ -146,11 +146,11 @@ def test_antialiasing_blurs_before_it_subsamples(kind: int, stride: tuple[int, i
         f"[convolutional]\nbatch_normalize=1\nfilters=4\nsize=3\npad=1\nactivation=leaky\n{steps}", (3, 9, 10)
     )
     shake(layer.module)
-    close(run(layer, x)[0], blur(convolved(x[0], layer.module, 1), kind, stride))
+    assert_close(run(layer, x)[0], blur(convolved(x[0], layer.module, 1), kind, stride))
     assert layer.stride == stride
     assert not [name for name in layer.module.state_dict() if "blur" in name]
     pool = build(f"[maxpool]\nsize=2\n{steps}", (3, 9, 10))
-    close(run(pool, x)[0], blur(max_pool(x[0].numpy(), 2, (1, 1), 1), kind, stride))
+    assert_close(run(pool, x)[0], blur(max_pool(x[0].numpy(), 2, (1, 1), 1), kind, stride))
     assert pool.stride == stride
 
 
@@ -166,7 +166,7 @@ def test_binary_weights_are_the_mean_with_their_sign(key: str, has_bn: int) -> N
     y = convolve(inputs, binarise(weight), (1, 1), 1, groups=6 // weight.shape[1])
     bn = layer.module.bn
     y = normalise(y, *statistics(bn)) if has_bn else y + layer.module.conv.bias.detach().numpy()[:, None, None]
-    close(run(layer, x)[0], leaky(y))
+    assert_close(run(layer, x)[0], leaky(y))
 
 
 def test_gradients_go_straight_through_the_signs() -> None:
@@ -176,7 +176,7 @@ def test_gradients_go_straight_through_the_signs() -> None:
     signs = torch.tensor([-1.0, -1.0, 1.0])
     assert torch.equal(conv.weight.grad[:, :, 0, 0], signs.expand(2, 3))
     passed = binarise(conv.weight.detach().numpy())[:, :, 0, 0].sum(0)
-    close(x.grad[0, :, 0, 0].numpy(), np.array([0, passed[1], passed[2]]))  # nothing where |x| > 1
+    assert_close(x.grad[0, :, 0, 0].numpy(), np.array([0, passed[1], passed[2]]))  # nothing where |x| > 1
 
 
 @pytest.mark.parametrize("has_bn", [0, 1])
@@ -187,14 +187,14 @@ def test_connected_sees_the_whole_map(has_bn: int) -> None:
     for b in range(2):
         y = np.array([float((row * x[b].numpy().ravel()).sum()) for row in linear.weight.detach().numpy()])
         y = normalise(y, *statistics(bn)) if has_bn else y + linear.bias.detach().numpy()
-        close(run(layer, x)[b, :, 0, 0], np.array([sigmoid(value) for value in y]))
+        assert_close(run(layer, x)[b, :, 0, 0], np.array([sigmoid(value) for value in y]))
     values = ("bn.bias", "linear.weight", "bn.weight", "bn.running_mean", "bn.running_var")
     assert tuple(layer.tensors) == (values if has_bn else ("linear.bias", "linear.weight"))
     layer.module.eval()
     with torch.inference_mode():
         before = layer.module(x)
         layer.module.fuse()
-        close(layer.module(x).numpy(), before.numpy())
+        assert_close(layer.module(x).numpy(), before.numpy())
     assert isinstance(layer.module.bn, nn.Identity)
 
 
@@ -202,7 +202,7 @@ def test_connected_sees_the_whole_map(has_bn: int) -> None:
 def test_batchnorm_stands_alone(section: str) -> None:
     layer, x = build(f"[{section}]", (3, 4, 5)), random(1, 3, 4, 5)
     shake(layer.module)
-    close(run(layer, x)[0], normalise(x[0].numpy(), *statistics(layer.module)))
+    assert_close(run(layer, x)[0], normalise(x[0].numpy(), *statistics(layer.module)))
     assert tuple(layer.tensors) == ("bias", "weight", "running_mean", "running_var")
 
 
@@ -215,7 +215,9 @@ def test_crnn_on_its_first_frame(keys: str) -> None:
     padding = 0 if keys == "size=1" else 1
     state = convolved(x[0], crnn.input, padding, groups=groups)
     state += convolved(torch.zeros(4, 5, 4), crnn.self, padding, groups=groups)
-    close(run(layer, x)[0], convolved(torch.tensor(state, dtype=torch.float32), crnn.output, padding, groups=groups))
+    assert_close(
+        run(layer, x)[0], convolved(torch.tensor(state, dtype=torch.float32), crnn.output, padding, groups=groups)
+    )
     assert len(layer.tensors) == 15
     assert tuple(layer.tensors)[5:7] == ("self.bn.bias", "self.bn.weight")
 
@@ -224,7 +226,7 @@ def test_depthwise_has_a_group_for_every_channel() -> None:
     layer, x = build("[depthwise]\nfilters=6\nsize=3\npad=1\nactivation=linear", (3, 4, 5)), random(1, 3, 4, 5)
     conv = layer.module.conv
     raw = convolve(x[0].numpy(), conv.weight.detach().numpy(), (1, 1), 1, groups=3)
-    close(run(layer, x)[0], raw + conv.bias.detach().numpy()[:, None, None])
+    assert_close(run(layer, x)[0], raw + conv.bias.detach().numpy()[:, None, None])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -232,7 +234,7 @@ def test_depthwise_has_a_group_for_every_channel() -> None:
 @pytest.mark.parametrize("padding", ["", "padding=0", "padding=2"])
 def test_local_avgpool_ignores_what_lies_outside(size: int, stride: int, padding: str) -> None:
     layer, x = build(f"[local_avgpool]\nsize={size}\nstride={stride}\n{padding}", (2, 5, 7)), random(1, 2, 5, 7)
-    close(run(layer, x)[0], mean_pool(x[0].numpy(), size, (stride, stride), int(padding[8:] or size - 1)))
+    assert_close(run(layer, x)[0], mean_pool(x[0].numpy(), size, (stride, stride), int(padding[8:] or size - 1)))
 
 
 @pytest.mark.parametrize("s", [1, 2, 3])
@@ -261,7 +263,7 @@ def test_reorg_has_yolov2s_own_order(s: int, C: int) -> None:
 def test_crop_takes_the_middle(keys: str, h: int, w: int) -> None:
     x = random(1, 2, 6, 7)
     y = x[:, :, (6 - h) // 2 :, (7 - w) // 2 :][:, :, :h, :w].numpy()
-    close(run(build(f"[crop]\n{keys}", (2, 6, 7)), x), y if "noadjust" in keys else 2 * y - 1)
+    assert_close(run(build(f"[crop]\n{keys}", (2, 6, 7)), x), y if "noadjust" in keys else 2 * y - 1)
 
 
 @pytest.mark.parametrize("section", ["empty", "silence", "blank", "cost", "activation"])
@@ -279,7 +281,7 @@ def test_sam_multiplies_cell_by_cell_and_channel_by_channel() -> None:
     expected = np.zeros((3, 2, 4))
     for index in np.ndindex(expected.shape):
         expected[index] = x[0][index] * gate[0][index]
-    close(run(layer, gate, x)[0], leaky(expected))
+    assert_close(run(layer, gate, x)[0], leaky(expected))
 
 
 @pytest.mark.parametrize("channels", [(4, 4, 4), (4, 6, 2)])
@@ -298,7 +300,7 @@ def test_weighted_shortcut(channels: tuple[int, ...], kind: str, normalization: 
         assert layer.module.weights.shape == (3, 4 if kind == "per_channel" else 1)
         layer.module.weights.data = random(*layer.module.weights.shape)
         weights = layer.module.weights.detach().numpy()
-    close(run(layer, *xs)[0], leaky(add_weighted([x[0].numpy() for x in xs], weights, normalization)))
+    assert_close(run(layer, *xs)[0], leaky(add_weighted([x[0].numpy() for x in xs], weights, normalization)))
 
 
 @pytest.mark.parametrize(("below", "above"), [((8, 12), (4, 6)), ((4, 6), (8, 12)), ((9, 3), (3, 1))])
@@ -307,7 +309,7 @@ def test_shortcut_between_sizes(below: tuple[int, int], above: tuple[int, int], 
     layer = build("[shortcut]\nfrom=0", (D, *below), (C, *above))
     x, other = random(1, C, *above), random(2, D, *below)[1:]
     kept = x.clone()
-    close(run(layer, x, other)[0], add_strided(x[0].numpy(), other[0].numpy()))
+    assert_close(run(layer, x, other)[0], add_strided(x[0].numpy(), other[0].numpy()))
     assert torch.equal(x, kept)
 
 
@@ -325,7 +327,7 @@ def test_softmax(keys: str, groups: int, temperature: float, is_spatial: bool) -
             vectors = [(x[b].flatten(), found[b].ravel())]
         for given, scores in vectors:
             parts = [softmax(part.tolist(), temperature) for part in given.chunk(groups)]
-            close(scores, np.array([value for part in parts for value in part]))
+            assert_close(scores, np.array([value for part in parts for value in part]))
 
 
 @pytest.mark.parametrize("point", ["center", "left_top", "right_bottom"])
@@ -365,8 +367,8 @@ def test_a_classifier_returns_its_scores() -> None:
     with torch.inference_mode():
         (scores,), (fused,) = model(x), model.fuse()(x)
     assert scores.shape == (3, 10, 1, 1)
-    close(scores.view(3, 2, 5).sum(2).numpy(), np.ones((3, 2)))  # two groups
-    close(fused.numpy(), scores.numpy())
+    assert_close(scores.view(3, 2, 5).sum(2).numpy(), np.ones((3, 2)))  # two groups
+    assert_close(fused.numpy(), scores.numpy())
     assert len(model.summary().splitlines()) == 9
     (trained,) = model.train()(x)
     trained.square().sum().backward()

@@ -66,7 +66,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def pkd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Compare by Pearson correlation: half the squared difference of standardised channels, which is one less their
+    """Compare by Pearson correlation: half the squared difference of standardised channels, which is one minus their
     correlation (https://arxiv.org/abs/2207.02039).
 
     The statistics are those of this process's batch.
